@@ -1,0 +1,138 @@
+"""Headless use: `python -m feddip_lite run | sweep | doctor`. Bad input gives one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import fields
+
+from . import doctor
+from .checks import refuse_unknown
+from .config import Config
+from .engine import OutOfTime, execute, run
+from .profiles import load_profile
+from .server import ClientFailure
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest known word."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            refuse_unknown(
+                {unknown[0].partition("=")[0]: None},
+                self.commands[known.command]._option_string_actions,
+                "command line",
+            )
+        return known
+
+
+def parser() -> Parser:
+    """The command line: a kebab-case flag for every field of `Config`."""
+    top = Parser(
+        prog="python -m feddip_lite", description="Federated pruning: FedDIP and its relatives.", allow_abbrev=False
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | sweep | doctor")
+    one = commands.add_parser(
+        "run", help="one run, recorded; a run that is there already costs nothing", allow_abbrev=False
+    )
+    for item in fields(Config):
+        default = "{}" if item.name == "method_options" else item.default
+        one.add_argument(
+            _flag(item.name), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
+            help=f"{item.metadata['doc']}: {item.metadata['check'].expected} (default {default})".replace("%", "%%"),
+        )  # fmt: skip
+    many = commands.add_parser("sweep", help="a queue of runs, params/*.yaml; resumable", allow_abbrev=False)
+    many.add_argument("profile", help="a file such as params/lite.yaml")
+    many.add_argument("--time-limit", metavar="SECONDS", help="stop after this time, keeping what was done")
+    for command in (one, many):
+        command.add_argument("--results", metavar="DIR", default="build/results", help="default: %(default)s")
+        command.add_argument("--checkpoint-every", metavar="ROUNDS", help="default: at most one every 30 s")
+        command.add_argument("--quiet", action="store_true", help="no progress")
+    check = commands.add_parser(
+        "doctor", help="versions, devices, data sets, disk: what works here", allow_abbrev=False
+    )
+    top.commands = {"run": one, "sweep": many, "doctor": check}
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 (a run failed, doctor found faults), 2 (bad input), 130."""
+    try:
+        given = parser().parse_args(arguments)
+        if given.command == "doctor":
+            return doctor.main()
+        every = None if given.checkpoint_every is None else _positive("--checkpoint-every", given.checkpoint_every, int)
+        if given.command == "run":
+            return _run(given, every)
+        return _sweep(given, every)
+    except (ValueError, FileNotFoundError) as error:
+        return _say(error, BAD_INPUT)
+    except (ClientFailure, OSError) as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+
+
+def _run(given: argparse.Namespace, every: int | None) -> int:
+    values = {item.name: _value(getattr(given, item.name)) for item in fields(Config) if hasattr(given, item.name)}
+    config = Config.from_dict(values)
+    history = run(config, results_dir=given.results, checkpoint_every=every, progress=not given.quiet)
+    print(
+        f"{given.results}/{config.run_id}.csv: accuracy {history['accuracy'].iloc[-1]:.4f} after {config.rounds} rounds"
+    )
+    return 0
+
+
+def _sweep(given: argparse.Namespace, every: int | None) -> int:
+    limit = float("inf") if given.time_limit is None else _positive("--time-limit", given.time_limit, float)
+    deadline = time.monotonic() + limit
+    configs = load_profile(given.profile)
+    for number, config in enumerate(configs, 1):
+        try:
+            history = execute(config, given.results, every, not given.quiet, deadline)
+        except OutOfTime as stop:
+            print(f"time limit reached; {len(configs) - number + 1} of {len(configs)} runs left. {stop}", flush=True)
+            return 0
+        print(f"[{number}/{len(configs)}] {config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}", flush=True)
+    return 0
+
+
+def _value(text: str):
+    """A flag's text as JSON where it is JSON (numbers, null, objects), else as it stands."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _positive(name: str, text: str, kind: type):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: {text!r} is not valid; expected a positive {'integer' if kind is int else 'number'}")
+    return value
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _say(message: object, status: int) -> int:
+    print(f"python -m feddip_lite: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

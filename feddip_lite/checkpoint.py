@@ -1,0 +1,76 @@
+"""One file holds all that a run needs to go on: header, SHA-256, tensors. Random states are not among it, since every
+draw is addressed by (seed, purpose, round, client)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from .config import UNHASHED, Config
+from .methods.base import Memory
+from .results import atomic_write
+from .server import ServerState
+
+MAGIC = b"feddip_lite checkpoint 1\n"
+
+
+@dataclass
+class Progress:
+    """A run in progress: server state, client memories, rows so far, bytes not yet in a row, skipped clients."""
+
+    state: ServerState
+    memories: Mapping[int, Memory] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    up_bytes: int = 0
+    down_bytes: int = 0
+    skipped: list[dict] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+
+def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
+    """Replace the checkpoint at `path` in one step. Raises OSError, and leaves the old one, if that cannot be done."""
+    state = progress.state
+    content = {
+        "config": _identity(config),
+        "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
+        "memory": dict(state.memory),
+        "memories": {client: dict(memory) for client, memory in progress.memories.items()},
+        "rest": json.dumps({name: getattr(progress, name) for name in _REST}),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    payload = buffer.getvalue()
+    atomic_write(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progress:
+    """The progress saved at `path`, tensors on `device`.
+
+    Raises:
+        ValueError: damaged, of another version or of another configuration; names the file and the reason.
+    """
+    data = path.read_bytes()
+    start = len(MAGIC) + 65
+    if not data.startswith(MAGIC):
+        raise ValueError(f"{path}: not a checkpoint of this version; delete it to start the run again")
+    if data[len(MAGIC) : start] != hashlib.sha256(data[start:]).hexdigest().encode() + b"\n":
+        raise ValueError(f"{path}: damaged checkpoint (SHA-256 does not match); delete it to start the run again")
+    content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)
+    if content["config"] != _identity(config):
+        raise ValueError(f"{path}: checkpoint of another configuration; delete it to start the run again")
+    state = ServerState(**content["state"], memory=content["memory"])
+    return Progress(state, content["memories"], **json.loads(content["rest"]))
+
+
+def _identity(config: Config) -> str:
+    values = {key: value for key, value in asdict(config.resolved()).items() if key not in UNHASHED}
+    return json.dumps(values, sort_keys=True)
+
+
+_REST = ("rows", "up_bytes", "down_bytes", "skipped", "wall_seconds")

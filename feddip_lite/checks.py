@@ -1,0 +1,98 @@
+"""Settings that know their range: one line of declaration gives the default, the check, the help text and the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """`accept(value)` returns the value in its canonical type or None; `expected` completes "expected ..."."""
+
+    expected: str
+    accept: Callable[[Any], Any]
+    names: tuple[str, ...] = ()
+
+
+def integer(low: int, high: int | None = None) -> Check:
+    """An integer >= low, and <= high if given."""
+
+    def accept(value):
+        fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= low
+        return int(value) if fits and (high is None or value <= high) else None
+
+    return Check(f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]", accept)
+
+
+def real(interval: str) -> Check:
+    """A finite number in `interval`, written as in mathematics: "[0, 1)", "(0, inf)"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+
+    def accept(value):
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            return None
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        return float(value) if above and below else None
+
+    return Check(f"a number in {interval}", accept)
+
+
+def one_of(*names: str) -> Check:
+    """One of these names; `names` is read when checking, so a dictionary's keys may grow."""
+    return Check("one of " + ", ".join(names), lambda value: value if value in names else None, names)
+
+
+def flag() -> Check:
+    """True or False."""
+    return Check("true or false", lambda value: value if isinstance(value, bool) else None)
+
+
+def setting(default: Any, check: Check, doc: str, *, none: str = ""):
+    """A dataclass field with its check and a one-line meaning; `none`, if given, says what None means."""
+    if none:
+        check = Check(f"{check.expected}, or none ({none})", check.accept, check.names)
+    metadata = {"check": check, "doc": doc, "none": bool(none)}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def accepted(item: Field, value: Any) -> Any:
+    """`value` in the canonical type of the dataclass field `item`; fields declared without a check take anything.
+
+    Raises:
+        ValueError: one line naming the field, the value and the range.
+    """
+    if "check" not in item.metadata or (value is None and item.metadata["none"]):
+        return value
+    check = item.metadata["check"]
+    result = None if value is None else check.accept(value)
+    if result is None:
+        raise ValueError(f"{item.name}: {value!r} is not valid; expected {check.expected}{nearest(value, check.names)}")
+    return result
+
+
+def validate(instance: Any) -> None:
+    """Check every field of a dataclass instance, storing canonical types. Raises as `accepted` does."""
+    for item in fields(instance):
+        object.__setattr__(instance, item.name, accepted(item, getattr(instance, item.name)))
+
+
+def nearest(value: Any, names) -> str:
+    """' (did you mean x?)' for the nearest of `names`, or the empty string."""
+    match = get_close_matches(str(value), [str(name) for name in names], n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def refuse_unknown(given: Mapping[str, Any], known, what: str) -> None:
+    """Raise ValueError naming the first key of `given` that is not in `known`, and the nearest that is."""
+    for key in given:
+        if key not in known:
+            listing = ", ".join(known) or "none"
+            raise ValueError(f"{what}: unknown name {key!r}{nearest(key, known)}; known: {listing}")

@@ -1,0 +1,255 @@
+"""From a configuration to a recorded history: `prepare` sets a federation up, `run` takes it through all its rounds."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from .config import Config
+from .data import Dataset, Split, fit_images, load_dataset, partition_dirichlet, partition_iid, partition_pathological
+from .layout import FlatModel, Layout
+from .local import Diverged, evaluate
+from .methods import Method, build_method
+from .models import INPUT_SHAPES, build_model
+from .results import COLUMNS, provenance, read_run, run_lock, save_run
+from .seeds import derive, numpy_generator
+from .server import Clients, RoundRecord, ServerState, initial_state, run_round
+from .workers import Workers, num_workers
+
+CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
+EVALUATION_CHUNK = 1024  # test samples per job; fixed, so that the bits do not depend on the number of workers
+
+
+class OutOfTime(Exception):
+    """The time limit of a sweep has come; what was done is in the checkpoint."""
+
+
+def run(
+    config: Config, *, results_dir: str | Path | None = None, checkpoint_every: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Run a configuration to its end and return its history: one row per evaluated round, columns `results.COLUMNS`.
+
+    With `results_dir` the run is recorded there as `<run_id>.csv` and `.json`; a run that is there already is returned
+    without computing anything, and one that was interrupted goes on from its checkpoint, to the same bits.
+
+    Args:
+        checkpoint_every: rounds between checkpoints; None = at most one every 30 s.
+        progress: show a progress line with an estimate of the time left.
+
+    Raises:
+        ValueError: bad input, damaged files, a diverging run.
+        ClientFailure: a client failed and the configuration says "abort".
+    """
+    return execute(config, results_dir, checkpoint_every, progress)
+
+
+def execute(
+    config: Config,
+    results_dir: str | Path | None,
+    checkpoint_every: int | None,
+    progress: bool,
+    deadline: float = math.inf,
+) -> pd.DataFrame:
+    """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint."""
+    config = config.resolved()
+    if results_dir is None:
+        state, clients, method = prepare(config)
+        last = _train(Progress(state), clients, method, config, progress)
+        return history_of(last, config)
+    folder = Path(results_dir)
+    if stored := read_run(folder, config.run_id):
+        return stored[0]
+    state, clients, method = prepare(config)  # bad input shows here, before anything is written
+    with run_lock(folder, config.run_id):
+        if stored := read_run(folder, config.run_id):  # by another process, while this one waited
+            return stored[0]
+        path = folder / f"{config.run_id}.checkpoint"
+        start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
+        last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
+        facts = provenance(state.weights.device, clients.workers.count, **_facts(clients, config, last))
+        save_run(folder, config, history_of(last, config), facts, last.skipped)
+        path.unlink(missing_ok=True)
+        return read_run(folder, config.run_id)[0]
+
+
+def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
+    """What `run_round` needs: the state before round 0, the clients with their data, and the method.
+
+    Raises:
+        ValueError: the data is damaged, or cannot be dealt as the configuration says, or there is no such device.
+        FileNotFoundError: the data is not here and cannot be downloaded; says what to do.
+    """
+    config = config.resolved()
+    device = _device(config)
+    data = load_dataset(config.dataset)
+    if INPUT_SHAPES[config.model] is not None:
+        data = fit_images(data, *INPUT_SHAPES[config.model])
+    split = split_of(data, config)
+    channels, size = data.train_images.shape[1:3]
+
+    def build():
+        seed = derive(config.seed, "initial weights")
+        return build_model(
+            config.model, classes=data.classes, width=config.width, channels=channels, size=size, seed=seed
+        )
+
+    layout = Layout.of(build())
+    method = build_method(config, layout)
+    count = num_workers(config.workers, config.clients_per_round, device)
+    models = [FlatModel(build(), layout, device) for _ in range(count)]
+    state = initial_state(method, models[0])
+    train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
+    return state, Clients(data.to(device), train, test, Workers(models)), method
+
+
+def split_of(data: Dataset, config: Config) -> Split:
+    """The clients' shards of train and test set under the configuration's partition; a function of its seed."""
+    labels = data.train_labels.numpy(), data.test_labels.numpy()
+    draw = numpy_generator(config.seed, "partition")
+    if config.partition == "pathological":
+        return partition_pathological(*labels, config.clients, draw, config.classes_per_client)
+    if config.partition == "dirichlet":
+        return partition_dirichlet(*labels, config.clients, draw, config.alpha)
+    return partition_iid(*labels, config.clients, draw)
+
+
+def evaluate_state(state: ServerState, clients: Clients) -> dict[str, float]:
+    """The sparse global model w*m on the whole test set, in chunks side by side.
+
+    Returns: `accuracy` in [0, 1], mean cross-entropy `loss`, `top5_accuracy`, and `local_accuracy`, the mean over
+    clients of the accuracy on their own test shards.
+
+    Raises:
+        Diverged: the loss is NaN or infinite.
+    """
+    everything = torch.arange(len(clients.data.test_labels), device=state.weights.device)
+    model = (state.weights, state.mask, state.buffers, clients.data)
+    jobs = [clients.workers.submit(evaluate, *model, chunk) for chunk in everything.split(EVALUATION_CHUNK)]
+    parts = [job.result() for job in jobs]
+    ranks = torch.cat([part.ranks for part in parts]).cpu()
+    loss = float(torch.cat([part.losses for part in parts]).double().mean())
+    if not math.isfinite(loss):
+        raise Diverged(f"round {state.round - 1}: the global model's test loss is {loss}")
+    correct = (ranks == 0).double()
+    own = [float(correct[shard.cpu()].mean()) for shard in clients.test if len(shard)]
+    return {
+        "accuracy": float(correct.mean()),
+        "top5_accuracy": float((ranks < 5).double().mean()),
+        "loss": loss,
+        "local_accuracy": sum(own) / len(own),
+    }
+
+
+def _train(
+    progress: Progress,
+    clients: Clients,
+    method: Method,
+    config: Config,
+    show: bool,
+    path: Path | None = None,
+    checkpoint_every: int | None = None,
+    deadline: float = math.inf,
+) -> Progress:
+    """All remaining rounds, checkpointed at `path` if given."""
+    clients = replace(clients, memories=progress.memories)
+    saved = row_start = time.monotonic()
+    bar = tqdm(
+        initial=progress.state.round, total=config.rounds, desc=config.run_id, unit="round", disable=not show,
+        mininterval=2, ascii=True, file=sys.stderr,
+    )  # fmt: skip
+    with bar, _arithmetic(config):
+        try:
+            while progress.state.round < config.rounds:
+                state, record = run_round(progress.state, clients, method, config)
+                clients = replace(clients, memories={**clients.memories, **record.memories})
+                progress.state, progress.memories = state, clients.memories
+                _account(progress, record)
+                if state.round % config.eval_every == 0 or state.round == config.rounds:
+                    metrics = evaluate_state(state, clients)
+                    now = time.monotonic()
+                    progress.rows.append(_row(record, metrics, progress, now - row_start))
+                    progress.wall_seconds += now - row_start
+                    progress.up_bytes = progress.down_bytes = 0
+                    row_start = now
+                    bar.set_postfix_str(f"accuracy {metrics['accuracy']:.4f}", refresh=False)
+                bar.update()
+                now = time.monotonic()
+                due = state.round % checkpoint_every == 0 if checkpoint_every else now - saved > CHECKPOINT_SECONDS
+                if path is not None and (due or now > deadline) and state.round < config.rounds:
+                    save_checkpoint(path, progress, config)
+                    saved = time.monotonic()
+                    row_start += saved - now  # a checkpoint's time is not the round's
+                    if now > deadline:
+                        raise OutOfTime(f"{config.run_id}: out of time after {state.round} of {config.rounds} rounds")
+        finally:
+            clients.workers.close()
+    return progress
+
+
+def _account(progress: Progress, record: RoundRecord) -> None:
+    progress.up_bytes += record.up_bytes
+    progress.down_bytes += record.down_bytes
+    for client, reason in record.skipped.items():
+        progress.skipped.append({"round": record.round, "client": client, "reason": reason})
+
+
+def _row(record: RoundRecord, metrics: dict, progress: Progress, seconds: float) -> dict:
+    """A line of the history; the bytes are those since the line before."""
+    known = {name: getattr(record, name) for name in COLUMNS if hasattr(record, name)}
+    return {**known, **metrics, "up_bytes": progress.up_bytes, "down_bytes": progress.down_bytes, "seconds": seconds}
+
+
+def history_of(progress: Progress, config: Config) -> pd.DataFrame:
+    """The rows so far, in the columns of a results file; `local_accuracy` is NaN where clients are alike (IID)."""
+    columns = list(COLUMNS)
+    if config.dataset == "cifar100":
+        columns.insert(2, "top5_accuracy")
+    history = pd.DataFrame(progress.rows, columns=columns)
+    return history.assign(local_accuracy=float("nan")) if config.partition == "iid" else history
+
+
+def _facts(clients: Clients, config: Config, progress: Progress) -> dict:
+    data = clients.data
+    split = Split(*(tuple(shard.cpu().numpy() for shard in part) for part in (clients.train, clients.test)))
+    return {
+        "precision": config.precision,
+        "data": {"source": data.source, "variant": data.variant, "sha256": data.sha256},
+        "split_sha256": split.sha256,
+        "wall_seconds": progress.wall_seconds,
+    }
+
+
+def _device(config: Config) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r} is not valid; expected cpu or auto, since torch sees no GPU here")
+    if config.precision == "tf32" and name == "cpu":
+        raise ValueError("precision: 'tf32' is not valid on a CPU; expected float32 or bf16")
+    return torch.device(name)
+
+
+@contextmanager
+def _arithmetic(config: Config) -> Iterator[None]:
+    """One intra-op thread here too, deterministic convolutions, and TF32 only if asked for; restored on leaving."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = torch.get_num_threads(), matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    torch.set_num_threads(1)
+    matmul.allow_tf32 = cudnn.allow_tf32 = config.precision == "tf32"
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = before[1:]

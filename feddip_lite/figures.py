@@ -1,0 +1,145 @@
+"""Figures of results: one style, one colour per method, one function per figure, one `save_figure`.
+
+Drawings that explain ideas are in `drawings.py`. Results come as `report.describe` returns them. Legends carry n, axis labels carry units, and figures of results say on
+themselves which data and how many rounds. With three seeds or more a line is their mean with its 95 % Student t
+interval; with fewer, each seed is a thin line of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from .report import labels, splits
+from .results import ROOT, atomic_write
+
+COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers; a method has the same colour everywhere
+    "fedavg": "#000000", "fedprox": "#8c8c8c", "feddp": "#0072b2", "feddip": "#d55e00", "feddst": "#009e73",
+    "prunefl": "#e69f00", "snip": "#cc79a7", "prunetrain": "#56b4e9", "fedsparsify_global": "#7f5f00",
+    "fedsparsify_local": "#b8a000", "mpfl": "#5d3a9b", "fedmap": "#40b0a6", "fedlp": "#994f00", "fedx": "#dc267f",
+    "fedtiny": "#648fff",
+}  # fmt: skip
+INK = "#222222"
+STYLE = {
+    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 8.5, "figure.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e4e7ea", "grid.linewidth": 0.8, "axes.edgecolor": "#808890", "legend.frameon": False,
+    "figure.dpi": 110, "lines.linewidth": 1.8, "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans",
+}  # fmt: skip
+AXES = {
+    "round": "round t", "mib": "transmitted MiB, up + down", "accuracy": "accuracy, whole test set",
+    "local_accuracy": "accuracy, mean over clients", "sparsity": "sparsity, share of prunable weights",
+    "penalty": r"penalty $\lambda_t$", "mask_overlap": "mask overlap (Jaccard)", "regrown": "weights regrown",
+    "pruning_error": "pruning error, share of squared norm", "loss": "cross-entropy, whole test set",
+}  # fmt: skip
+
+
+def styled(draw):
+    """Run a drawing function under `STYLE`, leaving matplotlib's own settings as they are."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs) -> Figure:
+        with plt.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def save_figure(figure: Figure, name: str, folder: str | Path = ROOT / "figures") -> tuple[Path, Path]:
+    """Write `<name>.png` and `<name>.svg`; the same figure gives the same bytes, today and tomorrow."""
+    paths = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
+    metadata = {"Software": None}, {"Date": None, "Creator": None}
+    with plt.rc_context({**STYLE, "svg.hashsalt": name}):
+        for path, facts in zip(paths, metadata, strict=True):
+            data = io.BytesIO()
+            figure.savefig(data, format=path.suffix[1:], metadata=facts, dpi=150, facecolor="white")
+            atomic_write(path, data.getvalue())
+    return paths
+
+
+@styled
+def accuracy_curves(sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("round", "mib")) -> Figure:
+    """Accuracy of the sparse global model: a column per source and `x`, a row per partition.
+
+    Args:
+        sources: results by title; the title is shown above the source's columns. Empty ones are left out.
+        x: columns of the results to draw against, of "round" and "mib".
+    """
+    shown = [(title, results, name) for title, results in sources.items() if len(results) for name in x]
+    rows = splits(pd.concat([results for _, results, _ in shown]))
+    figure, axes = grid(len(rows), len(shown), 4.6 if len(shown) > 1 else 6.4, 3.3)
+    for row, split in enumerate(rows):
+        for column, (title, results, name) in enumerate(shown):
+            panel, own = axes[row][column], results[results["split"] == split]
+            if own.empty:
+                panel.set_axis_off()
+                continue
+            _methods(panel, own, name, "accuracy")
+            heading = f"{title}\n{_wrapped(own['setting'].iloc[0])}\n" if len(sources) > 1 else ""
+            panel.set_title(f"{heading if row == 0 else ''}{split}", loc="left")
+            panel.legend(loc="lower right")
+    if len(sources) == 1:
+        title, results, _ = shown[0]
+        figure.suptitle(f"{title}\n{results['setting'].iloc[0]}", x=0.01, ha="left")
+    return figure
+
+
+@styled
+def column_panels(results: pd.DataFrame, columns: Sequence[str], title: str) -> Figure:
+    """Columns of the results against rounds, a panel each, for one setting and one partition."""
+    figure, axes = grid(1, len(columns), 4.1, 3.0)
+    for panel, column in zip(axes[0], columns, strict=True):
+        _methods(panel, results[results[column].notna()], "round", column)
+    axes[0][0].legend(loc="best")
+    words = f"{results['setting'].iloc[0]}; {results['split'].iloc[0]}"
+    figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")
+    return figure
+
+
+def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str) -> None:
+    for label in labels(results):
+        own = results[results["label"] == label]
+        method, preset = own["method"].iloc[0], own["preset"].iloc[0]
+        variant = f"{label}(".split("(")[1] not in ("", f"{preset})")
+        line = "-." if variant else {"repo": "--", "memory": ":"}.get(preset, "-")
+        look = {"color": COLOURS.get(method, INK), "linestyle": line}
+        _over_seeds(panel, own, x, y, label, look)
+    panel.set(xlabel=AXES[x], ylabel=AXES[y])
+    panel.set_xlim(left=0)
+
+
+def _over_seeds(panel: Axes, runs: pd.DataFrame, x: str, y: str, label: str, look: dict) -> None:
+    """One method: mean and interval for three seeds or more, else a thin line per seed."""
+    values = runs.pivot_table(index="round", columns="seed", values=y)
+    places = runs.groupby("round")[x].mean() if x != "round" else values.index.to_series()
+    count = values.shape[1]
+    if count < 3:
+        for number, seed in enumerate(values):
+            name = f"{label} (n = {count})" if number == 0 else None
+            panel.plot(places, values[seed], label=name, linewidth=1.1, **look)
+        return
+    mean = values.mean(axis=1)
+    half = values.sem(axis=1) * stats.t.ppf(0.975, count - 1)
+    panel.plot(places, mean, label=f"{label} (n = {count})", **look)
+    panel.fill_between(places, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """(figure, axes (rows, columns)), each panel `width` x `height` inches."""
+    size = (width * columns, height * rows + 0.6)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def _wrapped(setting: str) -> str:
+    """A setting over two lines."""
+    words = setting.split(", ")
+    return ", ".join(words[:3]) + "\n" + ", ".join(words[3:])

@@ -1,0 +1,153 @@
+"""Weights are a vector: named tensors <-> one flat vector, prunable coordinates first.
+
+The paper writes w, m in R^n, and so does this package. `Layout` says where each tensor lives in that vector;
+`FlatModel` is a module whose parameters, gradients and running statistics are *views* into three flat vectors, so
+that a masked model is one multiplication and an SGD step two vector operations. Read next: `local.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One named tensor: `shape`, and its place `[start, stop)` in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The view of `vector` ((n,), any dtype) that is this tensor, in its own shape."""
+        return vector[self.start : self.stop].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of a model lives in the flat vectors.
+
+    `slots` are the trainable tensors, prunable ones first, each group in module order; `num_prunable` of them are
+    prunable. `buffer_slots` are the BatchNorm running means and variances, in a second vector of their own.
+    """
+
+    slots: tuple[Slot, ...]
+    num_prunable: int
+    buffer_slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, *, include_shortcut: bool = False) -> Layout:
+        """The layout of `module`.
+
+        Prunable are the weights of convolutions and linear layers; not biases, not BatchNorm, and not the 1x1
+        shortcut convolutions of ResNet unless `include_shortcut` (docs/deviations.md D19).
+        """
+        prunable, dense = [], []
+        for path, layer in module.named_modules():
+            for name, parameter in layer.named_parameters(prefix=path, recurse=False):
+                is_weight = isinstance(layer, nn.Conv2d | nn.Linear) and name.endswith("weight")
+                kept_dense = "shortcut" in path and not include_shortcut
+                (prunable if is_weight and not kept_dense else dense).append((name, tuple(parameter.shape)))
+        buffers = [(name, tuple(b.shape)) for name, b in module.named_buffers() if b.is_floating_point()]
+        return cls(_place(prunable + dense), len(prunable), _place(buffers))
+
+    @property
+    def size(self) -> int:
+        """n, the number of trainable weights."""
+        return self.slots[-1].stop
+
+    @property
+    def prunable(self) -> int:
+        """P, the number of prunable weights: coordinates 0 .. P-1 of every flat vector."""
+        return self.prunable_slots[-1].stop
+
+    @property
+    def prunable_slots(self) -> tuple[Slot, ...]:
+        """The slots of the prunable tensors, in order; together they cover [0, P)."""
+        return self.slots[: self.num_prunable]
+
+    @property
+    def buffer_size(self) -> int:
+        """Length of the flat vector of BatchNorm running statistics (0 without BatchNorm)."""
+        return self.buffer_slots[-1].stop if self.buffer_slots else 0
+
+    def masked(self, weights: Tensor, mask: Tensor) -> Tensor:
+        """w * m as a new (n,) vector: pruned coordinates are 0, unprunable ones copied. `mask` is (P,) bool."""
+        result = weights.clone()
+        result[: self.prunable] *= mask
+        return result
+
+    def pack(self, weights: Tensor, mask: Tensor | None) -> Tensor:
+        """What a sparse model weighs: the kept prunable values in order, then all unprunable ones.
+
+        With `mask` None all n values. Returns float32 (kept + n - P,).
+        """
+        if mask is None:
+            return weights
+        return torch.cat([weights[: self.prunable][mask], weights[self.prunable :]])
+
+    def unpack(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The inverse of `pack`: a new (n,) vector, 0 where pruned. n values are a dense vector, whatever the mask.
+
+        Raises:
+            ValueError: the number of values fits neither the mask nor a dense vector.
+        """
+        if values.shape == (self.size,):
+            return values.clone()
+        unprunable = self.size - self.prunable
+        kept = self.prunable if mask is None else int(mask.sum())
+        if values.shape != (kept + unprunable,):
+            raise ValueError(f"values: {values.numel()} of them; expected {kept + unprunable} or all {self.size}")
+        weights = values.new_zeros(self.size)
+        weights[: self.prunable][mask] = values[:kept]
+        weights[self.prunable :] = values[kept:]
+        return weights
+
+
+class FlatModel:
+    """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
+
+    Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
+        self.module = module.to(device)
+        self.layout = layout
+        self.weights = torch.zeros(layout.size, device=device)
+        self.gradient = torch.zeros(layout.size, device=device)
+        self.buffers = torch.zeros(layout.buffer_size, device=device)
+        parameters = dict(module.named_parameters())
+        for slot in layout.slots:
+            parameter = parameters[slot.name]
+            slot.of(self.weights).copy_(parameter.detach())
+            parameter.data = slot.of(self.weights)
+            parameter.grad = slot.of(self.gradient)
+        statistics = dict(module.named_buffers())
+        for slot in layout.buffer_slots:
+            slot.of(self.buffers).copy_(statistics[slot.name])
+            owner, _, name = slot.name.rpartition(".")
+            setattr(module.get_submodule(owner), name, slot.of(self.buffers))
+
+    def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
+        """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""
+        if mask is None:
+            self.weights.copy_(weights)
+        else:
+            prunable = self.layout.prunable
+            torch.mul(weights[:prunable], mask, out=self.weights[:prunable])
+            self.weights[prunable:] = weights[prunable:]
+        if buffers is not None:
+            self.buffers.copy_(buffers)
+
+
+def _place(tensors: list[tuple[str, tuple[int, ...]]]) -> tuple[Slot, ...]:
+    slots, start = [], 0
+    for name, shape in tensors:
+        slots.append(Slot(name, shape, start, start + prod(shape)))
+        start += prod(shape)
+    return tuple(slots)

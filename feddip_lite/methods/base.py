@@ -1,0 +1,108 @@
+"""`Method`: five hooks with a plain default, masked SGD on a fixed mask and the weighted mean.
+
+A method is a frozen dataclass: its fields are its hyper-parameters, its hooks are pure functions. Fields that
+`Config` has too (target_sparsity, mask_interval, ...) get their value from there; the others are its
+`method_options`. `presets` holds what a preset changes. How each method passes through the hooks: docs/design.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from ..local import LocalPlan, LocalResult
+from ..message import Message
+
+if TYPE_CHECKING:
+    from ..server import ServerState
+
+Memory = Mapping[str, Tensor]
+Replies = Mapping[int, Message]
+
+
+@dataclass(frozen=True)
+class Method:
+    """The default of every hook.
+
+    Attributes:
+        layout: of the model; all flat vectors refer to it.
+        rounds, seed: of the run; every draw a method makes is addressed by (seed, purpose, round, client).
+    """
+
+    layout: Layout
+    rounds: int
+    seed: int
+
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
+    reconstruction: ClassVar[str] = ""  # what was assumed where the source's details were not to be had
+
+    def penalty(self, t: int) -> float:
+        """Strength of this method's regularisation in round t (0 = none); the column `penalty`."""
+        return 0.0
+
+    def start(self) -> tuple[Tensor, Memory]:
+        """(mask (P,) bool on the CPU, server memory) before round 0. Default: dense, no memory."""
+        return torch.ones(self.layout.prunable, dtype=torch.bool), {}
+
+    def offer(self, state: ServerState, t: int, client: int) -> Message:
+        """What goes down to `client` in round t. Default: the sparse model with its mask; a dense one without."""
+        mask = None if bool(state.mask.all()) else state.mask
+        extras = {"buffers": state.buffers} if len(state.buffers) else {}
+        return Message(self.layout.pack(state.weights, mask), mask, extras)
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        """How the client trains, from what it was sent and what it holds. Default: masked SGD."""
+        weights = self.layout.unpack(offer.values, offer.mask)
+        return LocalPlan(weights, offer.mask, offer.extras.get("buffers"), project=True)
+
+    def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
+        """(what goes up, what the client keeps). Default: the weights its mask keeps; the server knows that mask."""
+        return message_of(result, self.layout.pack(result.weights, result.mask)), memory
+
+    def merge(self, state: ServerState, replies: Replies, t: int) -> ServerState:
+        """The state after round t, from `replies` by client id. Default: weighted means, same mask."""
+        weights = self.mean_weights(state, replies)
+        return replace(state, round=t + 1, weights=weights, buffers=mean_buffers(state, replies))
+
+    def mean_weights(self, state: ServerState, replies: Replies) -> Tensor:
+        """sum_n rho_n w_n over the replies, rho_n = samples_n / sum of samples: float32 (n,), summed in float64.
+
+        Clients are taken in order of their ids, so the order of arrival never changes a bit.
+        """
+        vectors = (self.layout.unpack(replies[client].values, state.mask) for client in sorted(replies))
+        return weighted_mean(vectors, replies)
+
+
+def message_of(result: LocalResult, values: Tensor | None) -> Message:
+    """A reply of `values` with what every reply carries: number of samples, loss and BatchNorm statistics."""
+    extras = {"samples": torch.tensor([result.samples]), "loss": torch.tensor([result.loss], dtype=torch.float64)}
+    if len(result.buffers):
+        extras["buffers"] = result.buffers
+    return Message(values, None, extras)
+
+
+def samples_of(replies: Replies) -> dict[int, int]:
+    """Training samples behind each reply, in order of client ids."""
+    return {client: int(replies[client].extras["samples"][0]) for client in sorted(replies)}
+
+
+def mean_buffers(state: ServerState, replies: Replies) -> Tensor:
+    """Weighted mean of the BatchNorm running means and variances, (b,); no statistics, no change (D14)."""
+    if not len(state.buffers):
+        return state.buffers
+    return weighted_mean((replies[client].extras["buffers"] for client in sorted(replies)), replies)
+
+
+def weighted_mean(vectors, replies: Replies) -> Tensor:
+    """sum_n rho_n v_n of equal-length float32 vectors in order of client ids; one at a time, in float64."""
+    samples = samples_of(replies)
+    total, mean = sum(samples.values()), None
+    for vector, count in zip(vectors, samples.values(), strict=True):
+        term = vector.double().mul_(count / total)
+        mean = term if mean is None else mean.add_(term)
+    return mean.float()

@@ -1,0 +1,35 @@
+"""FedAvg and FedProx: dense training, dense exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..checks import real, setting
+from ..local import LocalPlan
+from ..message import Message
+from .base import Memory, Method
+
+
+@dataclass(frozen=True)
+class FedAvg(Method):
+    """Federated averaging (McMahan et al. 2017): every hook is the default, with nothing pruned."""
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """FedAvg with the proximal term (mu/2) ||w - w_global||^2 in the local loss (Li et al. 2020), textbook form.
+
+    The published FedDIP code's FedProx is inert and not squared (docs/deviations.md D28).
+    """
+
+    mu: float = setting(0.01, real("[0, inf)"), "strength of the proximal term")
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        plan = super().plan(offer, memory, t)
+
+        def proximal_(gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
+            gradient.add_(dense - plan.weights, alpha=self.mu)
+
+        return replace(plan, add_gradient_=proximal_)

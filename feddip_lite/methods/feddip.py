@@ -1,0 +1,133 @@
+"""FedDIP: dynamic pruning with error feedback, under a penalty that grows step by step; FedDP is FedDIP without it.
+
+Where paper and published code differ (D1, D7-D10), each choice is an option; `repo` flips them all to the code's
+side and `memory` adds the server's dense memory (docs/deviations.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checks import flag, one_of, setting
+from ..layout import Layout
+from ..local import LocalPlan, LocalResult
+from ..message import Message
+from ..schedules import penalty_at, published_penalty_at, sparsity_at
+from ..seeds import derive, torch_generator
+from ..sparsity import erk_densities, num_kept, random_mask, topk_mask
+from .base import Memory, Method, Replies, mean_buffers, message_of
+
+
+@dataclass(frozen=True)
+class FedDP(Method):
+    """Dynamic pruning with error feedback: gradients at w*m, steps and uploads of the dense w, and every
+    `mask_interval` rounds a new global magnitude mask. Source: slides, Eq. 1-2; published code `fl_server.py`."""
+
+    initial_sparsity: float = 0.5
+    target_sparsity: float = 0.9
+    mask_interval: int = 5
+    erk: str = setting("shared", one_of("shared", "per_client", "none"), "random ERK mask of round 0: whose (D7)")
+    mask_source: str = setting(
+        "dense_average", one_of("dense_average", "masked_average"), "average from which a mask is chosen (D8)"
+    )
+    server_memory: bool = setting(False, flag(), "the server keeps its dense weights between rounds (D9)")
+    upload: str = setting("dense", one_of("dense", "masked"), "what goes up: all, or only what counts (D10)")
+
+    presets = {
+        "paper": {},
+        "repo": {"erk": "per_client", "mask_source": "masked_average"},
+        "memory": {"server_memory": True},
+    }
+
+    def __post_init__(self):
+        if self.upload == "masked" and self.server_memory:
+            raise ValueError("upload: 'masked' is not valid with server_memory; the memory needs 'dense' uploads")
+
+    def start(self) -> tuple[Tensor, Memory]:
+        if self.erk != "shared":
+            return super().start()
+        return self.erk_mask(derive(self.seed, "mask")), {}
+
+    def erk_mask(self, seed: int) -> Tensor:
+        """A random mask (P,) at ERK densities of the initial sparsity."""
+        slots = self.layout.prunable_slots
+        densities = erk_densities([slot.shape for slot in slots], 1 - self.initial_sparsity)
+        sizes = [slot.stop - slot.start for slot in slots]
+        return random_mask(sizes, densities, torch.Generator().manual_seed(seed))
+
+    def offer(self, state, t: int, client: int) -> Message:
+        offer = super().offer(state, t, client)
+        if t > 0 or self.erk != "per_client":
+            return offer
+        seed = torch.tensor([derive(self.seed, "mask", t, client)])
+        return replace(offer, extras={**offer.extras, "mask_seed": seed})
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        plan = replace(super().plan(offer, memory, t), project=False)
+        if "mask_seed" in offer.extras:
+            own = self.erk_mask(int(offer.extras["mask_seed"][0]))
+            plan = replace(plan, mask=own.to(plan.weights.device))
+        return plan
+
+    def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
+        # Packing is exact where the server would not look at the pruned part: whenever it chooses no mask, and
+        # always if it chooses from the masked average. In round 0 a client's own mask is unknown to the server.
+        counts_only_kept = self.mask_source == "masked_average" or not self.chooses_mask(t)
+        own_mask = t == 0 and self.erk == "per_client"
+        if self.upload == "masked" and counts_only_kept and not own_mask:
+            return super().reply(result, memory, t)
+        return message_of(result, result.weights), memory
+
+    def chooses_mask(self, t: int) -> bool:
+        """Whether the server chooses a new mask at the end of round t."""
+        return t % self.mask_interval == 0
+
+    def merge(self, state, replies: Replies, t: int):
+        dense = self.mean_weights(state, replies)
+        if self.server_memory:  # w <- w + sum_n rho_n (w_n - w*m): what clients changed, added to what was remembered
+            sent = self.layout.masked(state.weights, state.mask)
+            dense = (state.weights.double() + (dense.double() - sent.double())).float()
+        mask = state.mask
+        if self.chooses_mask(t):
+            source = dense if self.mask_source == "dense_average" else self.layout.masked(dense, mask)
+            sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
+            prunable = self.layout.prunable
+            mask = topk_mask(source[:prunable].abs(), num_kept(sparsity, prunable))
+        return replace(state, round=t + 1, weights=dense, buffers=mean_buffers(state, replies), mask=mask)
+
+
+@dataclass(frozen=True)
+class FedDIP(FedDP):
+    """FedDP with incremental regularisation: + lambda_t * sum over prunable tensors of ||w_l * m_l||_2, lambda_t
+    growing by steps (slides, Eq. 3). The norm is not squared, as in the published code (D3)."""
+
+    penalty_max: float = 1e-3
+    penalty_steps: int = 20
+    lambda_schedule: str = setting("eq3", one_of("eq3", "repo"), "slides' Eq. 3 or the published code's (D1)")
+
+    presets = {**FedDP.presets, "repo": {**FedDP.presets["repo"], "lambda_schedule": "repo"}}
+
+    def penalty(self, t: int) -> float:
+        schedule = {"eq3": penalty_at, "repo": published_penalty_at}[self.lambda_schedule]
+        return schedule(t, self.penalty_max, self.penalty_steps, self.rounds)
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        plan, strength = super().plan(offer, memory, t), self.penalty(t)
+        if not strength:
+            return plan
+
+        def penalty_(gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
+            add_norm_gradient_(gradient, masked, self.layout, strength)
+
+        return replace(plan, add_gradient_=penalty_)
+
+
+def add_norm_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:
+    """Add strength * w'_l / ||w'_l||_2 for every prunable tensor l; a tensor pruned to nothing gets 0, never NaN."""
+    for slot in layout.prunable_slots:
+        weights = masked[slot.start : slot.stop]
+        norm = torch.linalg.vector_norm(weights).clamp_min(torch.finfo(weights.dtype).tiny)
+        gradient[slot.start : slot.stop].addcdiv_(weights, norm, value=strength)

@@ -1,0 +1,196 @@
+"""Recorded runs: one CSV of rounds and one JSON of circumstances each; written whole or not at all, checked on reading."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from scipy import stats
+
+from . import __version__
+from .config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout: notebooks find `params/`, `results/` and `figures/` below it from any working directory."""
+
+COLUMNS = (
+    "round accuracy loss local_accuracy train_loss sparsity lr penalty up_bytes down_bytes mask_overlap regrown "
+    "pruning_error seconds"
+).split()
+"""Columns of a results file, in order; `top5_accuracy` follows `accuracy` with 100 classes. See docs/design.md."""
+
+HEADLINE_ROWS = 10  # the headline value is the mean of the last ten evaluated rounds
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write beside, fsync, rename: after a crash `path` holds the old bytes or the new, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder read-only; nothing but the old file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def run_lock(folder: Path, run_id: str):
+    """Hold the run's lock; a second process says so and waits. The lock falls with its holder, also on kill -9."""
+    lock = FileLock(folder / ".locks" / f"{run_id}.lock")
+    lock_path = Path(lock.lock_file)
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{run_id}: another process is computing this run; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Mapping, skipped: list) -> None:
+    """Write `<run_id>.csv`, then `<run_id>.json`, whose presence says that the run is complete."""
+    table = history.to_csv(index=False, lineterminator="\n").encode()
+    tail = history.tail(HEADLINE_ROWS)
+    metrics = [name for name in ("accuracy", "top5_accuracy", "loss", "local_accuracy") if name in history]
+    record = {
+        "run_id": config.run_id,
+        "config": asdict(config),
+        "provenance": dict(provenance),
+        "final": {
+            "last": history.iloc[-1].to_dict(),
+            f"mean_last_{HEADLINE_ROWS}": tail[metrics].mean().to_dict(),
+            "best_accuracy": float(history["accuracy"].max()),
+        },
+        "skipped": skipped,
+        "csv_sha256": hashlib.sha256(table).hexdigest(),
+    }
+    text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
+    atomic_write(folder / f"{config.run_id}.csv", table)
+    atomic_write(folder / f"{config.run_id}.json", text.encode())
+
+
+def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
+    """(history, record) of a complete run, or None if there is none.
+
+    Raises:
+        ValueError: the files are damaged; names the file and the remedy.
+    """
+    path = Path(folder) / f"{run_id}.json"
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        table = path.with_suffix(".csv").read_bytes()
+        expected, own_id = record["csv_sha256"], record["run_id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged result ({error}); delete it to run again") from error
+    if own_id != run_id or hashlib.sha256(table).hexdigest() != expected:
+        raise ValueError(f"{path.with_suffix('.csv')}: does not match {path.name}; delete both to run again")
+    return pd.read_csv(io.BytesIO(table), float_precision="round_trip"), record
+
+
+def load_results(folder: str | Path) -> pd.DataFrame:
+    """All complete runs of a folder: a row per evaluated round, with the run's id and configuration in columns.
+
+    The configuration's `lr` is called `initial_lr`, because `lr` is the value used in the round; `method_options` is
+    JSON text. An absent or empty folder gives an empty frame.
+
+    Raises:
+        ValueError: a run is damaged.
+    """
+    frames = []
+    for path in sorted(Path(folder).glob("*.json")):
+        history, record = read_run(path.parent, path.stem)
+        config = dict(record["config"])
+        config["initial_lr"] = config.pop("lr")
+        config["method_options"] = json.dumps(config["method_options"], sort_keys=True)
+        frames.append(history.assign(run_id=record["run_id"], **config))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "run_id"])
+
+
+def headline(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per run of `load_results`: the configuration, `accuracy` as the mean of the last ten evaluated rounds,
+    the last measured `sparsity`, and `up_bytes`, `down_bytes` in total."""
+    rows = []
+    for _, run in results.groupby("run_id", sort=False):
+        last = run.sort_values("round").iloc[-1].to_dict()
+        means = run.sort_values("round").tail(HEADLINE_ROWS)[["accuracy", "loss", "local_accuracy"]].mean()
+        rows.append(last | means.to_dict() | {name: int(run[name].sum()) for name in ("up_bytes", "down_bytes")})
+    return pd.DataFrame(rows)
+
+
+def interval(values) -> tuple[float, float]:
+    """(mean, half width of the 95 % Student t interval of the mean) over seeds; the width is NaN for n < 3."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 3:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+def provenance(device: torch.device, workers: int, **facts) -> dict:
+    """The circumstances of a run: versions, commit, hardware, and what else is given."""
+    return {
+        "package": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "cpus": os.cpu_count(),
+        "workers": workers,
+        **facts,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" when the package has uncommitted changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "feddip_lite") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(value):
+    """The value for JSON: numpy scalars as Python's, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

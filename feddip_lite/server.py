@@ -1,0 +1,175 @@
+"""The federation: `run_round`, THE round, a pure function of a state.
+
+    for each client of the cohort:   offer -> plan -> local_update -> reply         then   merge
+
+State is a value; nothing is remembered between rounds but `ServerState` and the clients' memories. Read before:
+`methods/base.py` (the hooks); after: `local.py` (what a client does), `engine.py` (many rounds make a run).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from torch import Tensor
+
+from .config import Config
+from .data import Dataset
+from .layout import FlatModel
+from .local import Diverged, local_update
+from .message import Message, num_bytes
+from .methods import Method
+from .methods.base import Memory, samples_of
+from .schedules import lr_at
+from .seeds import numpy_generator
+from .sparsity import jaccard, sparsity_of
+from .workers import Workers
+
+EMPTY: Memory = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server knows before round `round`.
+
+    Attributes:
+        weights: (n,) float32, the dense w. The sparse global model is w * mask.
+        buffers: BatchNorm running statistics (b,) float32.
+        mask: (P,) bool, True = kept.
+        memory: the method's own named tensors.
+    """
+
+    round: int
+    weights: Tensor
+    buffers: Tensor
+    mask: Tensor
+    memory: Memory = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The data and the clients' memories. `train[i]`, `test[i]`: sample indices of client i, int64 on the device."""
+
+    data: Dataset
+    train: tuple[Tensor, ...]
+    test: tuple[Tensor, ...]
+    workers: Workers
+    memories: Mapping[int, Memory] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one round did; fields as the columns of a results file. `memories` are the clients' new memories, and
+    `skipped` names the clients that failed, with the reason."""
+
+    round: int
+    train_loss: float
+    sparsity: float
+    lr: float
+    penalty: float
+    up_bytes: int
+    down_bytes: int
+    mask_overlap: float
+    regrown: int
+    pruning_error: float
+    memories: Mapping[int, Memory]
+    skipped: Mapping[int, str]
+
+
+class ClientFailure(RuntimeError):
+    """A client failed and `on_client_failure` is "abort", or no client was left; names round, client and reason."""
+
+
+def sample_cohort(config: Config, t: int) -> list[int]:
+    """The K clients of round t, ascending: uniform without replacement, a function of (seed, t)."""
+    draw = numpy_generator(config.seed, "cohort", t)
+    return sorted(draw.choice(config.clients, config.clients_per_round, replace=False).tolist())
+
+
+def run_round(state: ServerState, clients: Clients, method: Method, config: Config) -> tuple[ServerState, RoundRecord]:
+    """One federated round. Pure: the same inputs give the same bits, for any number of workers.
+
+    Returns:
+        (the next state, the record). The clients' new memories are in the record; `clients` is unchanged.
+
+    Raises:
+        ClientFailure: see `Config.on_client_failure`. The state is as it was.
+    """
+    t = state.round
+    offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
+    futures = {
+        client: clients.workers.submit(train_client, method, offer, clients, config, t, client)
+        for client, offer in offers.items()
+    }
+    replies, memories, skipped = _collect(futures, config, t)
+    new = method.merge(state, replies, t)
+    samples = samples_of(replies)
+    loss = sum(float(replies[client].extras["loss"][0]) * count for client, count in samples.items())
+    prunable = new.weights[: len(new.mask)]
+    record = RoundRecord(
+        round=t,
+        train_loss=loss / sum(samples.values()),
+        sparsity=sparsity_of(prunable * new.mask),
+        lr=lr_at(t, lr=config.lr, decay=config.lr_decay, schedule=config.lr_schedule, smoothness=config.smoothness),
+        penalty=method.penalty(t),
+        up_bytes=sum(num_bytes(reply) for reply in replies.values()),
+        down_bytes=sum(num_bytes(offer) for offer in offers.values()),
+        mask_overlap=jaccard(state.mask, new.mask),
+        regrown=int((new.mask & ~state.mask).sum()),
+        pruning_error=pruning_error(prunable, new.mask),
+        memories=memories,
+        skipped=skipped,
+    )
+    return new, record
+
+
+def train_client(
+    model: FlatModel, method: Method, offer: Message, clients: Clients, config: Config, t: int, client: int
+) -> tuple[Message, Memory]:
+    """One client's part of a round: plan, train, reply. Returns (reply, the client's new memory)."""
+    memory = clients.memories.get(client, EMPTY)
+    plan = method.plan(offer, memory, t)
+    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
+    reply, memory = method.reply(result, memory, t)
+    if reply.values is not None and not bool(reply.values.isfinite().all()):
+        raise Diverged("the reply holds NaN or infinite values")
+    return reply, memory
+
+
+def _collect(futures: Mapping[int, Future], config: Config, t: int):
+    """Wait for all clients. Returns (replies, memories, skipped), each by client id in ascending order."""
+    replies, memories, skipped = {}, {}, {}
+    for client, future in futures.items():
+        try:
+            replies[client], memory = future.result()
+        except Exception as error:  # any failure of a client is the policy's to judge
+            if config.on_client_failure == "abort":
+                for other in futures.values():
+                    other.cancel()
+                raise ClientFailure(f"round {t}, client {client}: {error}") from error
+            skipped[client] = f"{type(error).__name__}: {error}"
+        else:
+            if memory:
+                memories[client] = memory
+    if not replies:
+        raise ClientFailure(f"round {t}: every client failed; client {client}: {skipped[client]}")
+    return replies, memories, skipped
+
+
+def pruning_error(prunable: Tensor, mask: Tensor) -> float:
+    """||w - w*m||^2 / ||w||^2 over the prunable part of the dense average (docs/deviations.md D26), in [0, 1].
+
+    NaN where nothing is pruned: there is no error to speak of.
+    """
+    if bool(mask.all()):
+        return float("nan")
+    squares = prunable.double().square_()
+    return float((squares * ~mask).sum() / squares.sum())
+
+
+def initial_state(method: Method, model: FlatModel) -> ServerState:
+    """The state before round 0, from the model's initial weights and the method's first mask."""
+    mask, memory = method.start()
+    return ServerState(0, model.weights.clone(), model.buffers.clone(), mask.to(model.weights.device), memory)

@@ -1,0 +1,169 @@
+"""What several test files share: a tiny configuration, a hand-made data set, a small module and replies by hand."""
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from feddip_lite import Config
+from feddip_lite.data import Dataset
+from feddip_lite.engine import prepare
+from feddip_lite.layout import FlatModel, Layout
+from feddip_lite.message import Message
+from feddip_lite.methods import METHODS
+from feddip_lite.methods.fedavg import FedAvg
+from feddip_lite.results import ROOT
+from feddip_lite.server import ServerState, run_round
+
+TINY = {
+    "dataset": "digits",
+    "model": "lenet5",
+    "width": 0.3,
+    "clients": 6,
+    "clients_per_round": 3,
+    "local_epochs": 1,
+    "batch_size": 32,
+    "rounds": 3,
+    "workers": 1,
+    "device": "cpu",
+}
+"""A run of 0.3 s: 240 digits per client, 8 local steps."""
+
+
+def tiny_config(**changes) -> Config:
+    """The configuration TINY with `changes`."""
+    return Config(**{**TINY, **changes})
+
+
+def flags(**changes) -> list[str]:
+    """TINY with `changes` as flags of `python -m feddip_lite run`."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **changes}.items()]
+
+
+def tiny_module(seed: int = 0) -> nn.Module:
+    """Convolution, BatchNorm and a linear head for 6x6 images and 4 classes: n = 229, P = 219."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = {"conv": nn.Conv2d(1, 3, 3, bias=False), "norm": nn.BatchNorm2d(3), "relu": nn.ReLU()}
+        return nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), linear=nn.Linear(48, 4)))
+
+
+def tiny_data(samples: int = 20, seed: int = 0) -> Dataset:
+    """`samples` noisy 6x6 images of 4 classes for training, as many for testing; a bright row tells the class."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def part():
+        labels = torch.randint(4, (samples,), generator=draw)
+        images = torch.randint(0, 100, (samples, 1, 6, 6), generator=draw, dtype=torch.uint8)
+        images[torch.arange(samples), 0, labels + 1] += 150
+        return images, labels
+
+    values = {"scale": 255.0, "mean": (0.0,), "std": (1.0,), "augmentation": None}
+    return Dataset("tiny", 4, *part(), *part(), **values, source="by hand", sha256="", variant="")
+
+
+def random_vector(size: int, seed: int = 0) -> torch.Tensor:
+    """(size,) float32, standard normal."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def random_bools(size: int, density: float = 0.5, seed: int = 0) -> torch.Tensor:
+    """(size,) bool, each True with probability `density`."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def state_of(layout: Layout, mask=None, seed: int = 0, t: int = 0) -> ServerState:
+    """A server state of random weights before round t; dense without a mask."""
+    mask = torch.ones(layout.prunable, dtype=torch.bool) if mask is None else mask
+    return ServerState(t, random_vector(layout.size, seed), torch.zeros(layout.buffer_size), mask)
+
+
+def reply_of(values: torch.Tensor, samples: int, buffers: torch.Tensor | None = None) -> Message:
+    """A client's reply as methods make it."""
+    extras = {"samples": torch.tensor([samples]), "loss": torch.tensor([1.0], dtype=torch.float64)}
+    return Message(values, None, extras if buffers is None else {**extras, "buffers": buffers})
+
+
+@dataclass(frozen=True)
+class Remembering(FedAvg):
+    """A method with both kinds of memory: a client trains one epoch longer each time, and the server averages its
+    weights with those of the round before."""
+
+    def plan(self, offer, memory, t):
+        return replace(super().plan(offer, memory, t), epochs=1 + int(memory["times"][0]) if memory else 1)
+
+    def reply(self, result, memory, t):
+        reply, _ = super().reply(result, memory, t)
+        return reply, {"times": (memory["times"] if memory else torch.zeros(1)) + 1}
+
+    def merge(self, state, replies, t):
+        new = super().merge(state, replies, t)
+        previous = state.memory.get("previous", state.weights)
+        return replace(new, weights=(new.weights + previous) / 2, memory={"previous": state.weights})
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Environment of a subprocess that finds the package of this checkout from any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
+
+
+def same_history(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    """Whether two histories agree exactly, but for wall time."""
+    return a.drop(columns="seconds").equals(b.drop(columns="seconds"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Tensors that a test draws without naming a generator are the same every time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def remembering(monkeypatch) -> str:
+    """The name of `Remembering`, known for the length of a test."""
+    monkeypatch.setitem(METHODS, "remembering", Remembering)
+    return "remembering"
+
+
+@pytest.fixture
+def layout() -> Layout:
+    return Layout.of(tiny_module())
+
+
+@pytest.fixture
+def model(layout) -> FlatModel:
+    return FlatModel(tiny_module(), layout)
+
+
+@pytest.fixture
+def federation():
+    """`federation(config)` is `prepare(config)`, and its threads end with the test."""
+    opened = []
+
+    def make(config: Config):
+        state, clients, method = prepare(config)
+        opened.append(clients.workers)
+        return state, clients, method
+
+    yield make
+    for workers in opened:
+        workers.close()
+
+
+@pytest.fixture
+def train(federation):
+    """`train(config)`: [(state, record), ...] of its rounds, by `run_round` alone."""
+
+    def rounds(config: Config):
+        state, clients, method = federation(config)
+        done = []
+        for _ in range(config.rounds):
+            state, record = run_round(state, clients, method, config.resolved())
+            done.append((state, record))
+        return done
+
+    return rounds
