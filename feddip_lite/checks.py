@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -34,8 +34,8 @@ def real(interval: str) -> Check:
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
     def accept(value):
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            return None
+        if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            return None  # NaN, infinity, or an integer that no float can hold
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         return float(value) if above and below else None

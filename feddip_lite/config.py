@@ -89,7 +89,8 @@ class Config:
         validate(self)
         if self.clients_per_round > self.clients:
             raise ValueError(
-                f"clients_per_round: {self.clients_per_round} is not valid; expected an integer in [1, clients = {self.clients}]"
+                f"clients_per_round: {self.clients_per_round} is not valid; expected an integer in "
+                f"[1, clients = {self.clients}]"
             )
         if self.initial_sparsity is not None and self.initial_sparsity > self.target_sparsity:
             raise ValueError(
@@ -98,8 +99,8 @@ class Config:
             )
         if (self.lr_schedule == "theory") != (self.smoothness is not None):
             raise ValueError(
-                f"smoothness: {self.smoothness} is not valid with lr_schedule = {self.lr_schedule!r}; expected a number "
-                "in (0, inf) with 'theory' and none otherwise"
+                f"smoothness: {self.smoothness} is not valid with lr_schedule = {self.lr_schedule!r}; expected a "
+                "number in (0, inf) with 'theory' and none otherwise"
             )
         own = settings_of(self.method, self.preset)
         for name in ("initial_sparsity", "mask_interval", "penalty_max"):

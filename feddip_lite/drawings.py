@@ -6,9 +6,11 @@ They show definitions and small examples, never results of runs (`figures.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -16,6 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from .figures import AXES, INK, grid, styled
 from .schedules import penalty_at, published_penalty_at, sparsity_at
+from .sparsity import num_kept, topk_mask
 
 KEPT, PRUNED, BLUE = "#d55e00", "#c9ced3", "#0072b2"
 SERVER, CLIENT = "#fdece2", "#e6f1f8"  # fills
@@ -35,14 +38,12 @@ def workflow() -> Figure:
         _box(panel, left, 1, 31, 13, name, client, CLIENT)
         low = left + 15.5
         high = 52.5 + (low - 52.5) * 0.45
-        _arrow(panel, (high - 2.6, 41.4), (low - 2.6, 14.8), KEPT)
-        _arrow(panel, (low + 2.6, 14.8), (high + 2.6, 41.4), BLUE)
+        _arrow(panel, (high - 2.6, 41.4), (low - 1, 14.8), KEPT)
+        _arrow(panel, (low + 4, 14.8), (high + 2.6, 41.4), BLUE)
     panel.text(70.5, 7, r"$\cdots$", ha="center", va="center", fontsize=15, color=INK)
-    rng = np.random.default_rng(3)
-    _packet(
-        panel, 1, 27, rng.random((5, 5)) < 0.3, "1  sparse download", "kept weights\nand the bits of the mask", KEPT
-    )
-    _packet(panel, 80, 27, np.ones((5, 5), bool), "3  dense upload", "every weight,\npruned ones too", BLUE)
+    sparse = np.random.default_rng(3).random((5, 5)) < 0.3
+    _packet(panel, 1, 29, sparse, "1  sparse download", "kept weights\nand mask bits", KEPT)
+    _packet(panel, 84, 29, np.ones((5, 5), bool), "3  dense upload", "every weight,\npruned or not", BLUE)
     for place, text in (((1, 16.2), "2  train locally"), ((1, 52.3), "4  average, prune, repeat")):
         panel.text(*place, text, color=INK, weight="bold", fontsize=11)
     return figure
@@ -73,26 +74,22 @@ def _packet(panel: Axes, left: float, bottom: float, filled: np.ndarray, head: s
 
 
 @styled
-def before_after_pruning(weights: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Figure:
-    """A small network before and after pruning. `weights[l]`, `masks[l]`: (outputs, inputs) of layer l."""
-    figure, axes = grid(1, 2, 4.6, 3.2)
-    sizes = [weights[0].shape[1], *(layer.shape[0] for layer in weights)]
+def before_after_pruning(sizes: Sequence[int] = (5, 6, 6, 3), sparsity: float = 0.7, seed: int = 1) -> Figure:
+    """A small network of random weights before and after global magnitude pruning; `sizes` are neurons per layer."""
+    shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
+    weights = torch.randn(sum(map(prod, shapes)), generator=torch.Generator().manual_seed(seed)).abs()
+    mask = topk_mask(weights, num_kept(sparsity, len(weights)))
     heights = [np.linspace(-1, 1, size) * size / max(sizes) for size in sizes]
-    largest = max(np.abs(layer).max() for layer in weights)
+    edges = [(layer, i, j) for layer, (rows, columns) in enumerate(shapes) for i in range(rows) for j in range(columns)]
+    figure, axes = grid(1, 2, 4.6, 3.2)
     for panel, after in zip(axes[0], (False, True), strict=True):
-        for number, (layer, mask) in enumerate(zip(weights, masks, strict=True)):
-            for (row, column), kept in np.ndenumerate(mask):
-                ends = [heights[number][column], heights[number + 1][row]]
-                colour, width = (
-                    (KEPT, 0.3 + 3.2 * abs(layer[row, column]) / largest) if kept or not after else (PRUNED, 0.4)
-                )
-                panel.plot(
-                    [number, number + 1], ends, color=colour, lw=width, ls="-" if kept or not after else ":", zorder=1
-                )
-        for number, places in enumerate(heights):
-            panel.scatter(np.full(len(places), number), places, s=150, color="white", edgecolor=INK, zorder=2)
-        share = np.mean(np.concatenate([mask.ravel() for mask in masks])) if after else 1.0
-        panel.set_title(f"{'after' if after else 'before'} pruning: density {share:.2f}")
+        for (layer, i, j), weight, kept in zip(edges, weights.tolist(), mask.tolist(), strict=True):
+            look = {"color": KEPT, "lw": 1.5 * weight} if kept or not after else {"color": PRUNED, "lw": 0.5, "ls": ":"}
+            panel.plot([layer, layer + 1], [heights[layer][j], heights[layer + 1][i]], zorder=1, **look)
+        for layer, places in enumerate(heights):
+            panel.scatter(np.full(len(places), layer), places, s=150, color="white", edgecolor=INK, zorder=2)
+        kept = int(mask.sum()) if after else len(weights)
+        panel.set_title(f"{'after' if after else 'before'} pruning: {kept} of {len(weights)} weights")
         panel.set_axis_off()
     return figure
 
@@ -107,11 +104,11 @@ def matrices(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
         panel.imshow(np.where(mask, matrix, np.nan), cmap=colours, vmin=-largest, vmax=largest)
         for (row, column), value in np.ndenumerate(matrix):
             kept = bool(mask[row, column])
-            panel.text(
-                column, row, f"{value:.1f}", ha="center", va="center", fontsize=8.5, color=INK if kept else "#9aa2aa"
-            )
+            colour = INK if kept else "#9aa2aa"
+            panel.text(column, row, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
         panel.set_title(title)
         panel.set(xticks=[], yticks=[], facecolor="#eef0f2")
+        panel.spines[:].set_visible(False)
         panel.grid(False)
     return figure
 
@@ -120,22 +117,21 @@ def matrices(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 def layer_densities(models: Mapping[str, Mapping[str, float]], title: str) -> Figure:
     """Bars of the density of each prunable tensor, a panel per model. Values: {model: {tensor: density}}."""
     widths = [len(layers) + 2 for layers in models.values()]
-    figure, axes = plt.subplots(
-        1, len(models), figsize=(11, 3.6), width_ratios=widths, sharey=True, layout="constrained"
-    )
-    for panel, (model, layers) in zip(np.atleast_1d(axes), models.items(), strict=True):
+    look = {"figsize": (11, 3.6), "width_ratios": widths, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(models), squeeze=False, **look)
+    for panel, (model, layers) in zip(axes[0], models.items(), strict=True):
         panel.bar(list(layers), list(layers.values()), color=BLUE)
         panel.tick_params(axis="x", rotation=90, labelsize=8)
         panel.set(title=model, ylim=(0, 1.05))
         panel.grid(False, axis="x")
-    np.atleast_1d(axes)[0].set_ylabel("density, share of weights kept")
+    axes[0][0].set_ylabel("density, share of weights kept")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 @styled
 def schedules(rounds: int, initial: float, final: float, peak: float, steps: int) -> Figure:
-    """The two schedules of FedDIP over `rounds` rounds: sparsity, and the penalty by Eq. 3 and by the published code."""
+    """The schedules of FedDIP over `rounds` rounds: sparsity, and the penalty by Eq. 3 and by the published code."""
     figure, axes = grid(1, 2, 4.6, 3.0)
     t = range(rounds)
     axes[0][0].plot(t, [sparsity_at(i, initial, final, rounds) for i in t], color=KEPT)
@@ -155,7 +151,7 @@ def trajectories(loss: Callable, paths: Mapping[str, np.ndarray], window: tuple[
     figure, panel = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     x, y = np.meshgrid(np.linspace(*window[:2], 200), np.linspace(*window[2:], 200))
     panel.contour(x, y, loss(x, y), levels=16, colors="#c3cad1", linewidths=0.8)
-    looks = (("o-", KEPT), ("s-", INK), ("^-", BLUE))
+    looks = (("o-", KEPT), ("^-", BLUE), ("s-", INK))
     for (name, path), (mark, colour) in zip(paths.items(), looks, strict=False):
         panel.plot(path[:, 0], path[:, 1], mark, color=colour, markersize=4, lw=1.2, label=name)
         panel.plot(*path[-1], mark[0], color=colour, markersize=11, markerfacecolor="white", markeredgewidth=2)
@@ -173,7 +169,7 @@ def label_heatmaps(panels: Mapping[str, np.ndarray], title: str) -> Figure:
     figure, axes = grid(1, len(panels), 3.0, 3.0)
     largest = max(counts.max() for counts in panels.values())
     for panel, (name, counts) in zip(axes[0], panels.items(), strict=True):
-        image = panel.imshow(counts, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        image = panel.imshow(counts, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
         panel.set(title=name, xlabel="client")
         panel.grid(False)
     axes[0][0].set_ylabel("class")

@@ -1,25 +1,27 @@
 """Figures of results: one style, one colour per method, one function per figure, one `save_figure`.
 
-Drawings that explain ideas are in `drawings.py`. Results come as `report.describe` returns them. Legends carry n, axis labels carry units, and figures of results say on
-themselves which data and how many rounds. With three seeds or more a line is their mean with its 95 % Student t
-interval; with fewer, each seed is a thin line of its own.
+Drawings that explain ideas are in `drawings.py`. Results come as `experiments.describe` returns them. Legends carry n,
+axis labels carry units, and every figure says on itself which data and how many rounds. With three seeds or more a line
+is their mean with its 95 % Student t interval; with fewer, each seed is a thin line of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .report import labels, splits
+from .experiments import labels, splits
 from .results import ROOT, atomic_write
 
 COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers; a method has the same colour everywhere
@@ -43,12 +45,24 @@ AXES = {
 }  # fmt: skip
 
 
-def styled(draw):
-    """Run a drawing function under `STYLE`, leaving matplotlib's own settings as they are."""
+@contextmanager
+def style(**more):
+    """Draw under `STYLE`. Only what it sets is restored: a notebook switches its backend on at the first figure."""
+    new = {**STYLE, **more}
+    before = {name: rcParams[name] for name in new}
+    rcParams.update(new)
+    try:
+        yield
+    finally:
+        rcParams.update(before)
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A drawing function that runs under `STYLE`."""
 
     @functools.wraps(draw)
     def wrapper(*args, **kwargs) -> Figure:
-        with plt.rc_context(STYLE):
+        with style():
             return draw(*args, **kwargs)
 
     return wrapper
@@ -58,7 +72,7 @@ def save_figure(figure: Figure, name: str, folder: str | Path = ROOT / "figures"
     """Write `<name>.png` and `<name>.svg`; the same figure gives the same bytes, today and tomorrow."""
     paths = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
     metadata = {"Software": None}, {"Date": None, "Creator": None}
-    with plt.rc_context({**STYLE, "svg.hashsalt": name}):
+    with style(**{"svg.hashsalt": name}):
         for path, facts in zip(paths, metadata, strict=True):
             data = io.BytesIO()
             figure.savefig(data, format=path.suffix[1:], metadata=facts, dpi=150, facecolor="white")

@@ -72,7 +72,9 @@ def local_update(
 ) -> LocalResult:
     """Train on `indices` of the training set for one round: per batch b
 
-        g = grad loss(w*m; b) + extra(w*m, w),      w <- w - lr_t * (g + weight_decay * w)      [then w <- w*m if projected]
+        g = grad loss(w*m; b) + extra(w*m, w),      w <- w - lr_t * (g + weight_decay * w)
+
+    and then, if the plan says `project`, w <- w*m.
 
     Args:
         model: scratch space; its weights, statistics and mode are overwritten. Nothing else is changed.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from feddip_lite.layout import Layout
+    from .layout import Layout
 
 _MAGIC, _VERSION = b"FDIP", 1
 _HEADER = struct.Struct("<4sBBHIII")

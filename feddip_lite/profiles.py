@@ -28,7 +28,7 @@ def load_profile(path: str | Path) -> list[Config]:
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("queue"), list):
         raise ValueError(f"{path}: expected a mapping with a list `queue`")

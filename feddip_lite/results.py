@@ -1,4 +1,4 @@
-"""Recorded runs: one CSV of rounds and one JSON of circumstances each; written whole or not at all, checked on reading."""
+"""Recorded runs: a CSV of rounds and a JSON of circumstances each; written whole or not at all, checked on reading."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ COLUMNS = (
     "pruning_error seconds"
 ).split()
 """Columns of a results file, in order; `top5_accuracy` follows `accuracy` with 100 classes. See docs/design.md."""
+
+INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown")
 
 HEADLINE_ROWS = 10  # the headline value is the mean of the last ten evaluated rounds
 
@@ -114,7 +116,9 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
         raise ValueError(f"{path}: damaged result ({error}); delete it to run again") from error
     if own_id != run_id or hashlib.sha256(table).hexdigest() != expected:
         raise ValueError(f"{path.with_suffix('.csv')}: does not match {path.name}; delete both to run again")
-    return pd.read_csv(io.BytesIO(table), float_precision="round_trip"), record
+    # Text first: Python's own float is exact, pandas' parser only from some version on.
+    history = pd.read_csv(io.BytesIO(table), dtype=str)
+    return history.astype({name: int if name in INTEGER_COLUMNS else float for name in history}), record
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from .layout import FlatModel
 
 
 class Workers:
-    """A pool of `count` threads; `submit(job, ...)` runs `job(model, ...)` on a scratch model that no other job holds."""
+    """A pool of `count` threads; `submit(job, ...)` runs `job(model, ...)` on a scratch model of its own."""
 
     def __init__(self, models: list[FlatModel]):
         self.count = len(models)

@@ -1,8 +1,12 @@
 """What several test files share: a tiny configuration, a hand-made data set, a small module and replies by hand."""
 
 import os
+import subprocess
+import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +15,7 @@ from torch import nn
 
 from feddip_lite import Config
 from feddip_lite.data import Dataset
-from feddip_lite.engine import prepare
+from feddip_lite.engine import OutOfTime, execute, prepare
 from feddip_lite.layout import FlatModel, Layout
 from feddip_lite.message import Message
 from feddip_lite.methods import METHODS
@@ -32,6 +36,9 @@ TINY = {
     "device": "cpu",
 }
 """A run of 0.3 s: 240 digits per client, 8 local steps."""
+
+FAST = {"clients": 60, "clients_per_round": 2}
+"""With these, 24 digits per client and one local step."""
 
 
 def tiny_config(**changes) -> Config:
@@ -111,15 +118,50 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
 
 
+def names(folder: Path) -> list[str]:
+    """The files of a results folder, locks aside."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
+
+
+def csv_without_seconds(path: Path) -> list[str]:
+    """The lines of a results file without their last column, which is wall time."""
+    return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+
+
+def interrupted(config, folder, stops=None):
+    """The number of interruptions of a run that is stopped after every round (or `stops` times), and its history."""
+    count = 0
+    while stops is None or count < stops:
+        try:
+            return count, execute(config, folder, None, False, deadline=time.monotonic())
+        except OutOfTime:
+            count += 1
+    return count, None
+
+
+def start(folder: Path, *extra: str, **variables: str) -> subprocess.Popen:
+    """`python -m feddip_lite run --quiet --results=folder` with `extra` flags, in a process of its own."""
+    command = [sys.executable, "-m", "feddip_lite", "run", "--quiet", f"--results={folder}", *extra]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(**variables), stdout=pipe, stderr=pipe, text=True)
+
+
+def read_outputs(capsys) -> tuple[list[str], list[str]]:
+    """The lines written to stdout and to stderr since the last look."""
+    captured = capsys.readouterr()
+    return captured.out.splitlines(), captured.err.splitlines()
+
+
 def same_history(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     """Whether two histories agree exactly, but for wall time."""
     return a.drop(columns="seconds").equals(b.drop(columns="seconds"))
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Tensors that a test draws without naming a generator are the same every time."""
+def repeatable():
+    """Unaddressed draws are the same every time; one thread, as clients have, or the last bits would differ."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

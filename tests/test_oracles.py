@@ -82,7 +82,7 @@ def textbook_mask(module: nn.Module, sparsity: float) -> dict:
     names = [name for name, _ in module.named_parameters() if is_prunable(module, name)]
     work = copy.deepcopy(module)
     targets = [(work.get_submodule(name.rpartition(".")[0]), "weight") for name in names]
-    count = sum(getattr(owner, "weight").numel() for owner, _ in targets)
+    count = sum(owner.weight.numel() for owner, _ in targets)
     prune.global_unstructured(targets, prune.L1Unstructured, amount=round(sparsity * count))
     return {name: owner.weight_mask for name, (owner, _) in zip(names, targets, strict=True)}
 
@@ -187,8 +187,8 @@ def test_local_update_agrees_with_the_textbook(penalty):
     t, client = (2, 1) if penalty else (0, 1)  # Eq. 3 with two steps: 0, then half the peak
     assert method.penalty(t) == penalty
     plan = method.plan(method.offer(state, t, client), {}, t)
-    model = clients.workers._models.get()
-    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
+    job = clients.workers.submit(local_update, plan, clients.data, clients.train[client], config, t, client)
+    result = job.result()
 
     module = build_model("lenet5", classes=10, width=0.5, channels=1, size=28, seed=derive(0, "initial weights"))
     masks = masks_of(state.mask, method.layout)

@@ -16,7 +16,7 @@ from ..layout import Layout
 from ..local import LocalPlan, LocalResult
 from ..message import Message
 from ..schedules import penalty_at, published_penalty_at, sparsity_at
-from ..seeds import derive, torch_generator
+from ..seeds import derive
 from ..sparsity import erk_densities, num_kept, random_mask, topk_mask
 from .base import Memory, Method, Replies, mean_buffers, message_of
 

@@ -1,0 +1,151 @@
+"""Which runs there are and what they are called: profiles, fresh runs, recorded runs.
+
+Notebooks, figures and tables all name runs through `describe`, so that a run is called the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pandas as pd
+
+from .config import UNHASHED, Config
+from .engine import run
+from .profiles import load_profile
+from .results import ROOT, load_results
+
+PROFILES = ("quick", "lite", "paper")
+NAMES = {
+    "fedavg": "FedAvg", "fedprox": "FedProx", "feddp": "FedDP", "feddip": "FedDIP", "feddst": "FedDST",
+    "prunefl": "PruneFL", "snip": "SNIP", "prunetrain": "PruneTrain", "fedsparsify_global": "FedSparsify-Global",
+    "fedsparsify_local": "FedSparsify-Local", "mpfl": "MPFL", "fedmap": "FedMap", "fedlp": "FedLP", "fedx": "FedX",
+    "fedtiny": "FedTiny", "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100", "lenet5": "LeNet-5", "alexnet": "AlexNet", "resnet18": "ResNet-18",
+}  # fmt: skip
+"""How methods (in the order of legends and tables), data sets and models are written."""
+
+_OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
+_SPLIT = ("partition", "classes_per_client", "alpha")
+_ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *_SPLIT, *UNHASHED}
+_SHARED = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config) if item.name not in _ALONE]
+_IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity", "lr_decay"}
+_LONG = 100  # rounds from which on a run shows its own progress
+
+
+def data_root() -> Path:
+    """Where data sets are looked for, from any working directory: $FEDDIP_DATA, else `data/` of the checkout."""
+    return Path(os.environ.get("FEDDIP_DATA") or ROOT / "data").absolute()
+
+
+def profile_queue(profile: str, **wanted) -> list[Config]:
+    """The runs of `params/<profile>.yaml` whose fields have the `wanted` values, in order of value.
+
+    Raises:
+        ValueError: no such profile.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"PROFILE: {profile!r} is not valid; expected one of {', '.join(PROFILES)}")
+    queue = load_profile(ROOT / "params" / f"{profile}.yaml")
+    return [config for config in queue if all(getattr(config, name) == value for name, value in wanted.items())]
+
+
+def train(configs: Iterable[Config], folder: Path) -> pd.DataFrame:
+    """Run what `folder` does not hold yet, a printed line for each run; returns these runs as `describe` does."""
+    os.environ["FEDDIP_DATA"] = str(data_root())
+    configs, start = list(configs), time.monotonic()
+    for number, config in enumerate(configs, 1):
+        last = run(config, results_dir=folder, progress=config.rounds > _LONG).iloc[-1]
+        left = (time.monotonic() - start) / number * (len(configs) - number)
+        more = f"; about {left:.0f} s left" if left >= 1 else ""
+        print(f"[{number}/{len(configs)}] {config.run_id}: accuracy {last['accuracy']:.4f}{more}", flush=True)
+    results = load_results(folder)
+    return describe(results[results["run_id"].isin([config.run_id for config in configs])])
+
+
+def recorded(profile: str, **wanted) -> pd.DataFrame:
+    """The runs in `results/<profile>/` whose configuration has the `wanted` values, as `describe` returns them."""
+    results = load_results(ROOT / "results" / profile)
+    for name, value in wanted.items():
+        results = results[results[name] == value] if name in results else results.iloc[:0]
+    return describe(results)
+
+
+def main_runs(profile: str) -> dict[str, pd.DataFrame]:
+    """The recorded main comparisons of a profile: `<model>_<dataset>` -> runs, in the order of its queue.
+
+    They share the setting of the first recorded run of that model and data set in the queue, and leave out methods
+    with changed options (ablations).
+    """
+    results, found = recorded(profile), {}
+    for config in profile_queue(profile):
+        name = f"{config.model}_{config.dataset}"
+        own = results[results["run_id"] == config.run_id]
+        if name not in found and len(own):
+            alike = results["setting"] == own["setting"].iloc[0]
+            found[name] = results[alike & ~results["label"].str.contains(" = ", regex=False)]
+    return found
+
+
+def describe(results: pd.DataFrame) -> pd.DataFrame:
+    """`load_results` with the columns that people read.
+
+    `label` names the method with its preset and whatever differs from it, `split` the partition, `setting` all that
+    runs must share to be compared; `mib` is what has travelled up to and including the round, in MiB, both ways.
+    """
+    if results.empty:
+        return results.reindex(columns=[*results.columns, "label", "split", "setting", "mib"])
+    first = results.drop_duplicates("run_id").set_index("run_id")
+    words = {"label": _label, "split": _split, "setting": _setting}
+    named = {name: results["run_id"].map(first.apply(function, axis=1)) for name, function in words.items()}
+    travelled = (results["up_bytes"] + results["down_bytes"]).groupby(results["run_id"]).cumsum()
+    return results.assign(**named, mib=travelled / 2**20)
+
+
+def labels(results: pd.DataFrame) -> list[str]:
+    """The methods that occur, in the order of `NAMES`."""
+    order = {name: place for place, name in enumerate(NAMES.values())}
+    return sorted(results["label"].unique(), key=lambda label: (order.get(label.split(" (")[0], len(order)), label))
+
+
+def splits(results: pd.DataFrame) -> list[str]:
+    """The partitions that occur, IID first."""
+    return sorted(results["split"].unique(), key=lambda split: (split != "IID", split))
+
+
+def _label(row: pd.Series) -> str:
+    usual = Config(method=row["method"], preset=row["preset"], target_sparsity=row["target_sparsity"]).resolved()
+    differing = {name: row[name] for name in _OWN if _differs(row[name], getattr(usual, name))}
+    options = json.loads(row["method_options"])
+    differing |= {name: value for name, value in options.items() if value != usual.method_options[name]}
+    notes = [] if row["preset"] == "paper" else [row["preset"]]
+    notes += [f"{name} = {_short(value)}" for name, value in differing.items()]
+    name = NAMES.get(row["method"], row["method"])
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _split(row: pd.Series) -> str:
+    if row["partition"] == "pathological":
+        return f"{row['classes_per_client']} classes per client"
+    return "IID" if row["partition"] == "iid" else f"Dirichlet({row['alpha']:g})"
+
+
+def _setting(row: pd.Series) -> str:
+    usual = asdict(Config()) | {"initial_lr": Config().lr}
+    words = [NAMES.get(row["dataset"], row["dataset"]), NAMES.get(row["model"], row["model"])]
+    words += [f"T = {row['rounds']} rounds", f"{row['clients_per_round']} of {row['clients']} clients per round"]
+    words += [f"sparsity {row['target_sparsity']:g}"]
+    others = [name for name in _SHARED if name not in _IN_WORDS and _differs(row[name], usual[name])]
+    return ", ".join(words + [f"{name.replace('_', ' ')} {_short(row[name])}" for name in others])
+
+
+def _short(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _differs(value, usual) -> bool:
+    return value != usual and not (usual is None and pd.isna(value))

@@ -1,0 +1,76 @@
+"""Laws of tools/compare.py: a fresh run is judged by the recorded seeds of its configuration, or not at all."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SPEC = importlib.util.spec_from_file_location("compare", Path(__file__).parents[1] / "tools" / "compare.py")
+TOOL = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TOOL)
+
+
+def record(folder, accuracies, first_seed=0, **config):
+    folder.mkdir(exist_ok=True)
+    for seed, accuracy in enumerate(accuracies, first_seed):
+        run = {"method": "feddip", "rounds": 200, "device": "cpu", "seed": seed, **config}
+        run_id = "-".join(map(str, run.values()))
+        final = {"last": {}, "mean_last_10": {"accuracy": accuracy}, "best_accuracy": 1.0}
+        text = json.dumps({"run_id": run_id, "config": run, "final": final, "provenance": {}})
+        (folder / f"{run_id}.json").write_text(text)
+
+
+def compare(folder):
+    command = ["--recorded", str(folder / "recorded"), "--fresh", str(folder / "fresh")]
+    return TOOL.main(command)
+
+
+def test_the_interval_is_that_of_one_new_observation():
+    low, high = TOOL.interval([0.80, 0.82, 0.84])  # t(0.975, 2) = 4.3027, s = 0.02, sqrt(4/3) = 1.1547
+    assert (low, high) == pytest.approx((0.82 - 0.099366, 0.82 + 0.099366), abs=1e-6)
+
+
+@pytest.mark.parametrize("accuracy, word, code", [(0.91, "inside", 0), (0.73, "inside", 0), (0.93, "OUTSIDE", 1)])
+def test_a_run_is_judged_by_the_interval_of_three_seeds(tmp_path, capsys, accuracy, word, code):
+    record(tmp_path / "recorded", [0.80, 0.82, 0.84])
+    record(tmp_path / "fresh", [accuracy], device="cuda")  # the machine is no part of the experiment
+    assert compare(tmp_path) == code
+    assert word in capsys.readouterr().out
+
+
+def test_a_run_that_broke_down_is_outside(tmp_path):
+    record(tmp_path / "recorded", [0.80, 0.82, 0.84])
+    record(tmp_path / "fresh", [float("nan")])
+    assert compare(tmp_path) == 1
+
+
+def test_three_recorded_runs_equal_to_the_bit_accept_their_own_value(tmp_path):
+    record(tmp_path / "recorded", [0.1] * 3)
+    record(tmp_path / "fresh", [0.1])
+    assert compare(tmp_path) == 0
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_recorded_seeds_give_no_verdict(tmp_path, capsys, seeds):
+    record(tmp_path / "recorded", [0.80] * seeds)
+    record(tmp_path / "fresh", [0.10])
+    assert compare(tmp_path) == 0
+    assert f"-0.7000 against the mean, no verdict, n = {seeds}" in capsys.readouterr().out
+
+
+def test_runs_on_one_side_only_are_named_and_no_common_run_is_an_error(tmp_path, capsys):
+    record(tmp_path / "recorded", [0.80], rounds=1000)
+    record(tmp_path / "fresh", [0.80], rounds=10)
+    assert compare(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "recorded only: feddip 1000 seed 0" in said and "fresh only: feddip 10 seed 0" in said
+    assert "nothing to compare" in said
+
+
+def test_an_unreadable_run_is_named(tmp_path, capsys):
+    record(tmp_path / "recorded", [0.80])
+    record(tmp_path / "fresh", [])
+    (tmp_path / "fresh" / "torn.json").write_text('{"run_id": ')
+    assert compare(tmp_path) == 2
+    assert "torn.json" in capsys.readouterr().err

@@ -1,0 +1,238 @@
+"""Run the notebooks in number order and write one HTML report: `python tools/reproduce.py --profile quick`.
+
+Each notebook runs with papermill in a kernel of its own, in its own folder (as in Jupyter), with PROFILE set. Executed
+copies and the report lie in build/<profile>/; a copy is kept also when a cell fails, with the error marked in it. A
+failing notebook does not stop the ones after it; the exit code is 1 if any failed, 2 for a call that makes no sense.
+"""
+
+import argparse
+import ast
+import html
+import logging
+import os
+import re
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import nbformat
+import papermill
+from jinja2 import DictLoader, pass_context
+from nbclient.exceptions import CellTimeoutError
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+
+from feddip_lite import doctor
+
+ROOT = Path(__file__).resolve().parents[1]
+PROFILES = ("quick", "lite", "paper")
+QUICK_CELL_SECONDS = 300  # as in `make test`; the longer profiles train for hours in one cell and have no limit
+
+
+def select(folder: Path, only: list[str]) -> list[Path]:
+    """The numbered notebooks of `folder` in number order; `only` holds names or beginnings of names, such as "12"."""
+    found = sorted(folder.resolve().glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise ValueError(f"no notebook named NN_name.ipynb in {folder}")
+    for name in only:
+        if not any(path.name.startswith(name) for path in found):
+            raise ValueError(f"--only: {name!r} is not one of {', '.join(path.stem for path in found)}")
+    return [path for path in found if not only or any(path.name.startswith(name) for name in only)]
+
+
+def check_parameters(path: Path, parameters: dict) -> None:
+    """Refuse a parameter that the notebook's tagged cell does not hold (papermill itself would only log it)."""
+    tagged = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    nodes = [node for cell in tagged for node in ast.walk(ast.parse(cell.source))]
+    known = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    for name in parameters:
+        if name not in known:
+            raise ValueError(f"{path.stem}: no parameter {name!r}, its tagged cell has {', '.join(known) or 'none'}")
+
+
+def execute(path: Path, copy: Path, parameters: dict, cell_seconds: int | None) -> str | None:
+    """Run one notebook, keep the executed copy, and return None or the error in one line."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    for last_try in (False, True):
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(copy.resolve()),  # papermill changes into cwd before it writes
+                parameters=parameters,
+                kernel_name="python3",  # the running interpreter, whatever the notebook's metadata says
+                language="python",
+                cwd=str(path.parent),
+                progress_bar=False,
+                execution_timeout=cell_seconds,
+                extra_arguments=["--log-level=CRITICAL"],  # else each kernel warns at its start of unencrypted TCP
+            )
+        except papermill.PapermillExecutionError as error:
+            return one_line(f"cell [{error.exec_count}]: {error.ename}: {error.evalue}")
+        except CellTimeoutError:
+            return f"a cell took longer than {cell_seconds} s"
+        except Exception as error:  # dead kernel, time-out, no kernel, unreadable notebook: the user needs one line
+            # Ports for a kernel are chosen, closed and used later; a program in between may have taken one.
+            clash = "Address already in use" in str(error) or "died before replying" in str(error)
+            if last_try or not clash:
+                return one_line(f"{type(error).__name__}: {error}")
+        else:
+            return None
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, at most 300 characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def seconds_of(copy: Path) -> float | None:
+    """How long the kept copy of a notebook took, or None if it never ended."""
+    try:
+        return nbformat.read(copy, as_version=4).metadata.papermill.duration
+    except (OSError, AttributeError, ValueError):
+        return None
+
+
+def run_all(notebooks: list[Path], out: Path, profile: str, cell_seconds: int | None) -> dict[str, str]:
+    """Run every notebook, one line of progress each; returns the error of each that failed."""
+    expected = {path.stem: seconds_of(out / path.name) for path in notebooks}  # from an earlier run, if there was one
+    errors, took = {}, {}
+    for number, path in enumerate(notebooks, 1):
+        print(f"[{number}/{len(notebooks)}] {path.stem} ... ", end="", flush=True)
+        start = time.perf_counter()
+        error = execute(path, out / path.name, {"PROFILE": profile}, cell_seconds)
+        took[path.stem] = time.perf_counter() - start
+        mean = sum(took.values()) / number
+        left = sum(expected[later.stem] or mean for later in notebooks[number:])
+        more = f", about {left:.0f} s left" if number < len(notebooks) else ""
+        print(f"{took[path.stem]:.1f} s{more}", flush=True)
+        if error:
+            errors[path.stem] = error
+            print(f"{path.stem} failed: {error}", file=sys.stderr, flush=True)
+    return errors
+
+
+class MathMLRenderer(IPythonRenderer):
+    """Formulas as MathML, which browsers draw by themselves: the report needs no script from elsewhere."""
+
+    def inline_math(self, body: str) -> str:
+        return mathml(body, "inline")
+
+    def block_math(self, body: str) -> str:
+        return mathml(body, "block")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+
+def mathml(tex: str, display: str) -> str:
+    """A TeX formula as MathML, or as its own text where the converter is missing or does not understand it."""
+    plain = re.sub(r"\\(begin|end)\{equation\*?\}", "", tex).replace("{aligned}", "{align*}")  # same, as it knows them
+    try:
+        from latex2mathml.converter import convert
+
+        # Without the namespace: HTML needs none, and nbconvert would turn it into a prefix inside headings.
+        return convert(plain.strip(), xmlns="", display=display).replace(' xmlns=""', "")
+    except Exception:  # the converter raises a different error for every construct it does not know
+        return f"<code>{html.escape(tex)}</code>"
+
+
+class ReportExporter(HTMLExporter):
+    """nbconvert's page without its scripts, with MathML, embedded images and a way back to the index."""
+
+    @pass_context
+    def markdown2html(self, context, source):
+        path = context.get("resources", {}).get("metadata", {}).get("path", "")
+        attachments = context.get("cell", {}).get("attachments", {})
+        renderer = MathMLRenderer(escape=False, attachments=attachments, embed_images=True, path=path)
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+
+PAGE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block body_header %}{{ super() }}
+<p style="margin: 1em; font-family: sans-serif"><a href="index.html">All notebooks</a></p>{% endblock %}"""
+INDEX = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>feddip_lite: {profile} profile</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }} p {{ color: #555; }} a {{ color: #0b5cad; }}
+table {{ border-collapse: collapse; width: 100%; margin: 1.5rem 0; }}
+th, td {{ text-align: left; padding: .5rem .8rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
+td:last-child, th:last-child {{ text-align: right; white-space: nowrap; }} .failed {{ color: #b00020; }}
+</style></head><body><h1>FedDIP, reproduced: the {profile} profile</h1><p>{where}</p>
+<table><tr><th>Notebook</th><th>Question</th><th>Run time</th></tr>{rows}</table></body></html>
+"""
+
+
+def write_report(out: Path, sources: Path, profile: str, errors: dict[str, str]) -> Path:
+    """Write one HTML page per executed copy in `out` and an index of them; returns the index."""
+    exporter = ReportExporter(embed_images=True, extra_loaders=[DictLoader({"report.html.j2": PAGE})])
+    exporter.template_file = "report.html.j2"
+    rows = []
+    for source in select(sources, []):
+        if not (copy := out / source.name).exists():  # left out by --only, and never run before
+            continue
+        notebook = nbformat.read(copy, as_version=4)
+        resources = {"metadata": {"name": copy.stem, "path": str(sources)}}  # images are relative to the source
+        page, _ = exporter.from_notebook_node(notebook, resources)
+        page = re.sub(r'(href="(?:\./)?\d\d_[\w-]+)\.ipynb', r"\1.html", page)  # previous and next notebook
+        copy.with_suffix(".html").write_text(page, encoding="utf-8")
+        rows.append(index_row(copy.stem, notebook, errors.get(copy.stem)))
+    where = f"feddip_lite {doctor.version('feddip-lite')} ({doctor.commit()}), torch {doctor.version('torch')}, "
+    where += f"{doctor.device_name()}, {os.cpu_count()} CPU cores; written {datetime.now():%Y-%m-%d %H:%M}"
+    index = out / "index.html"
+    index.write_text(INDEX.format(profile=profile, where=html.escape(where), rows="".join(rows)), encoding="utf-8")
+    return index
+
+
+def index_row(name: str, notebook: NotebookNode, error: str | None) -> str:
+    """The table row of one notebook: link, the question in its first heading, run time or error."""
+    prose = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    headings = (re.search(r"^# +(.+)$", source, re.MULTILINE) for source in prose)
+    question = html.escape(next((match[1] for match in headings if match), ""))
+    facts = notebook.metadata.get("papermill", {})
+    seconds = facts.get("duration")
+    took = f"{seconds:.1f} s" if seconds is not None else "not finished"
+    if error or facts.get("exception"):
+        took = '<span class="failed">failed</span>'
+        question += f' <br><span class="failed">{html.escape(error or "an earlier run failed")}</span>'
+    return f'<tr><td><a href="{name}.html">{name}</a></td><td>{question}</td><td>{took}</td></tr>'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the notebooks and write one HTML report.")
+    parser.add_argument("--profile", default="quick", choices=PROFILES)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names or their beginnings, such as 12")
+    parser.add_argument("--timeout", type=int, metavar="SECONDS", help="limit for one cell, 0 = none (quick: 300)")
+    parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: build/<profile>")
+    options = parser.parse_args(arguments)
+    out = options.out or ROOT / "build" / options.profile
+    limit = options.timeout if options.timeout is not None else QUICK_CELL_SECONDS * (options.profile == "quick")
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    os.environ.pop("MPLBACKEND", None)  # "Agg" would reach the kernels and keep every figure out of the report
+    try:
+        notebooks = select(options.notebooks, options.only)
+        for path in notebooks:
+            check_parameters(path, {"PROFILE": options.profile})
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        errors = run_all(notebooks, out, options.profile, limit or None)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what was executed lies in {out}", file=sys.stderr)
+        return 130
+    index = write_report(out, options.notebooks, options.profile, errors)
+    if errors:
+        print(f"{len(errors)} of {len(notebooks)} notebooks failed: {', '.join(errors)}", file=sys.stderr)
+    print(f"report: {index}")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
