@@ -69,7 +69,7 @@ bench: $(READY)  ## time the engine against stock operators
 lint: $(READY)   ## style, formatting, notebooks without outputs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(if $(NOTEBOOKS),$(PY) -m nbstripout --verify $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),$(PY) -m nbstripout --keep-id --verify $(NOTEBOOKS))
 
 lab: $(LAB)      ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

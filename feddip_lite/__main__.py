@@ -46,7 +46,7 @@ def parser() -> Parser:
         "run", help="one run, recorded; a run that is there already costs nothing", allow_abbrev=False
     )
     for item in fields(Config):
-        default = "{}" if item.name == "method_options" else item.default
+        default = "{}" if item.name == "method_options" else str(item.default).lower()
         one.add_argument(
             _flag(item.name), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
             help=f"{item.metadata['doc']}: {item.metadata['check'].expected} (default {default})".replace("%", "%%"),
@@ -108,7 +108,9 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
 
 
 def _value(text: str):
-    """A flag's text as JSON where it is JSON (numbers, null, objects), else as it stands."""
+    """A flag's text: "none" is None, JSON (numbers, objects) is read as such, anything else stands as it is."""
+    if text.lower() == "none":
+        return None
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -105,7 +105,8 @@ def matrices(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
         for (row, column), value in np.ndenumerate(matrix):
             kept = bool(mask[row, column])
             colour = INK if kept else "#9aa2aa"
-            panel.text(column, row, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            text = f"{round(float(value), 2) + 0.0:.2f}"  # + 0.0 turns -0.0 into 0.0
+            panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         panel.set_title(title)
         panel.set(xticks=[], yticks=[], facecolor="#eef0f2")
         panel.spines[:].set_visible(False)

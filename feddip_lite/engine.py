@@ -233,8 +233,9 @@ def _device(config: Config) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r} is not valid; expected cpu or auto, since torch sees no GPU here")
+    gpus = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= gpus:
+        raise ValueError(f"device: {name!r} is not valid; expected cpu, auto or cuda:N, N below the {gpus} GPUs here")
     if config.precision == "tf32" and name == "cpu":
         raise ValueError("precision: 'tf32' is not valid on a CPU; expected float32 or bf16")
     return torch.device(name)

@@ -35,6 +35,8 @@ _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "ev
 _SHARED = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config) if item.name not in _ALONE]
 _IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity", "lr_decay"}
 _LONG = 100  # rounds from which on a run shows its own progress
+ADDED = ("label", "split", "setting", "mib")
+"""The columns that `describe` adds."""
 
 
 def data_root() -> Path:
@@ -98,7 +100,8 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
     runs must share to be compared; `mib` is what has travelled up to and including the round, in MiB, both ways.
     """
     if results.empty:
-        return results.reindex(columns=[*results.columns, "label", "split", "setting", "mib"])
+        configuration = [item.name for item in fields(Config)]
+        return results.reindex(columns=[*dict.fromkeys([*results.columns, *configuration, *ADDED])])
     first = results.drop_duplicates("run_id").set_index("run_id")
     words = {"label": _label, "split": _split, "setting": _setting}
     named = {name: results["run_id"].map(first.apply(function, axis=1)) for name, function in words.items()}
@@ -138,7 +141,7 @@ def _setting(row: pd.Series) -> str:
     usual = asdict(Config()) | {"initial_lr": Config().lr}
     words = [NAMES.get(row["dataset"], row["dataset"]), NAMES.get(row["model"], row["model"])]
     words += [f"T = {row['rounds']} rounds", f"{row['clients_per_round']} of {row['clients']} clients per round"]
-    words += [f"sparsity {row['target_sparsity']:g}"]
+    words += [f"target sparsity {row['target_sparsity']:g}"]
     others = [name for name in _SHARED if name not in _IN_WORDS and _differs(row[name], usual[name])]
     return ", ".join(words + [f"{name.replace('_', ' ')} {_short(row[name])}" for name in others])
 

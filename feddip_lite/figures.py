@@ -39,10 +39,12 @@ STYLE = {
 }  # fmt: skip
 AXES = {
     "round": "round t", "mib": "transmitted MiB, up + down", "accuracy": "accuracy, whole test set",
-    "local_accuracy": "accuracy, mean over clients", "sparsity": "sparsity, share of prunable weights",
+    "local_accuracy": "accuracy, mean over clients", "sparsity": "sparsity of prunable weights",
     "penalty": r"penalty $\lambda_t$", "mask_overlap": "mask overlap (Jaccard)", "regrown": "weights regrown",
-    "pruning_error": "pruning error, share of squared norm", "loss": "cross-entropy, whole test set",
+    "pruning_error": r"pruning error, share of $\Vert w \Vert^2$", "loss": "cross-entropy, whole test set",
 }  # fmt: skip
+
+DRAWN = {"sparsity": "steps-post", "penalty": "steps-post"}  # constant from one row to the next
 
 
 @contextmanager
@@ -73,6 +75,8 @@ def save_figure(figure: Figure, name: str, folder: str | Path = ROOT / "figures"
     paths = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
     metadata = {"Software": None}, {"Date": None, "Creator": None}
     with style(**{"svg.hashsalt": name}):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once: a second time would move everything by a hair
         for path, facts in zip(paths, metadata, strict=True):
             data = io.BytesIO()
             figure.savefig(data, format=path.suffix[1:], metadata=facts, dpi=150, facecolor="white")
@@ -100,7 +104,9 @@ def accuracy_curves(sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("ro
             _methods(panel, own, name, "accuracy")
             heading = f"{title}\n{_wrapped(own['setting'].iloc[0])}\n" if len(sources) > 1 else ""
             panel.set_title(f"{heading if row == 0 else ''}{split}", loc="left")
-            panel.legend(loc="lower right")
+            panel.legend(loc="best")
+            low, high = panel.get_ylim()
+            panel.set_ylim(max(low, 0), min(high, 1.02))
     if len(sources) == 1:
         title, results, _ = shown[0]
         figure.suptitle(f"{title}\n{results['setting'].iloc[0]}", x=0.01, ha="left")
@@ -125,7 +131,7 @@ def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str) -> None:
         method, preset = own["method"].iloc[0], own["preset"].iloc[0]
         variant = f"{label}(".split("(")[1] not in ("", f"{preset})")
         line = "-." if variant else {"repo": "--", "memory": ":"}.get(preset, "-")
-        look = {"color": COLOURS.get(method, INK), "linestyle": line}
+        look = {"color": COLOURS.get(method, INK), "linestyle": line, "drawstyle": DRAWN.get(y, "default")}
         _over_seeds(panel, own, x, y, label, look)
     panel.set(xlabel=AXES[x], ylabel=AXES[y])
     panel.set_xlim(left=0)

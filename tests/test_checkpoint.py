@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
     [
         {"mask_interval": 2},
         {"preset": "memory", "eval_every": 3},
-        {"method": "remembering"},
+        {"method": "remembering", "clients": 3},  # so that clients are drawn again
         {"model": "resnet18", "width": 0.02},
     ],
     ids=["feddip", "server memory, rare evaluation", "client memory", "batchnorm"],
 )
 def test_interrupted_run_resumes_to_the_same_bits(tmp_path, remembering, settings):
-    config = tiny_config(rounds=4, **settings, **FAST)
+    config = tiny_config(**{"rounds": 4, **FAST, **settings})
     whole = run(config, results_dir=tmp_path / "whole", progress=False)
     count, resumed = interrupted(config, tmp_path / "parts")
     assert count == 3
@@ -65,7 +65,7 @@ def test_checkpoint_every_round_loses_at_most_one_round_to_a_failure(tmp_path, m
 
 
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
-    settings = {"rounds": 300, "eval_every": 50, **FAST}
+    settings = {"rounds": 150, "eval_every": 50, **FAST}
     config = tiny_config(**settings)
     path = tmp_path / f"{config.run_id}.checkpoint"
     process = start(tmp_path, "--checkpoint-every=10", *flags(**settings))
@@ -75,7 +75,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 0 < load_checkpoint(path, config, CPU).state.round < 300
+    assert 0 < load_checkpoint(path, config, CPU).state.round < 150
     assert same_history(run(config, results_dir=tmp_path, progress=False), run(config, progress=False))
 
 

@@ -159,17 +159,16 @@ def test_run_writes_the_documented_columns_and_circumstances(tmp_path, capsys):
 
 
 def test_second_call_computes_nothing_and_leaves_files_byte_identical(tmp_path, monkeypatch, capsys):
+    def contents():
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("feddip_*")}
+
     arguments = ["run", *flags(**FAST), f"--results={tmp_path}", "--quiet"]
-    main(arguments)
-    first = read_outputs(capsys)[0], {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    assert main(arguments) == 0
+    first = contents(), read_outputs(capsys)
+    assert len(first[0]) == 2
     monkeypatch.setattr("feddip_lite.engine.prepare", None)  # whoever computes, fails
     assert main(arguments) == 0
-    assert first == (
-        read_outputs(capsys)[0],
-        {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()},
-    )
-    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] == stamps
+    assert (contents(), read_outputs(capsys)) == first
 
 
 def test_progress_line_goes_to_stderr_and_quiet_silences_it(tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, replace
 import pytest
 
 from feddip_lite import Config
-from feddip_lite.config import FIELDS, UNHASHED
+from feddip_lite.config import FIELDS
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
 
@@ -28,6 +28,8 @@ OTHER = {
     "precision": "bf16", "on_client_failure": "skip", "client_timeout": 1.0, "device": "cpu", "workers": 2,
 }  # fmt: skip
 """For every field a value that is not its default."""
+
+UNHASHED = {"device", "workers", "client_timeout"}
 
 
 def changed(name):

@@ -24,9 +24,6 @@ def merge(method, state, *vectors):
     return method.merge(state, replies, state.round)
 
 
-# Mask updates
-
-
 @PRESETS
 @pytest.mark.parametrize("interval", [1, 2, 5])
 def test_mask_changes_at_the_end_of_every_interval_and_keeps_the_exact_count(layout, preset, interval):
@@ -133,7 +130,7 @@ def test_weight_that_only_the_server_remembers_returns_under_memory(layout):
 # The mask of round 0 (D7)
 
 
-def test_shared_erk_is_erk_and_goes_out_with_the_first_download(layout):
+def test_shared_mask_of_round_0_is_erk_and_goes_out_with_the_first_download(layout):
     method = method_of(layout)
     mask, memory = method.start()
     assert memory == {}
@@ -146,13 +143,13 @@ def test_shared_erk_is_erk_and_goes_out_with_the_first_download(layout):
     assert torch.equal(plans[0].weights, layout.masked(state_of(layout).weights, mask))
 
 
-def test_shared_erk_is_a_function_of_the_seed(layout):
+def test_shared_mask_of_round_0_is_a_function_of_the_seed(layout):
     masks = [method_of(layout, seed=seed).start()[0] for seed in (1, 1, 2)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_per_client_erks_differ_between_clients_and_are_unknown_to_the_server(layout):
+def test_per_client_masks_of_round_0_differ_and_are_unknown_to_the_server(layout):
     method = method_of(layout, "repo")
     mask, _ = method.start()
     assert bool(mask.all())
@@ -165,13 +162,10 @@ def test_per_client_erks_differ_between_clients_and_are_unknown_to_the_server(la
     assert method.plan(method.offer(state, 1, 1), {}, 1).mask is None
 
 
-def test_without_an_erk_round_0_is_dense(layout):
+def test_without_an_erk_mask_round_0_is_dense(layout):
     method = method_of(layout, erk="none")
     assert bool(method.start()[0].all())
     assert method.plan(method.offer(state_of(layout), 0, 1), {}, 0).mask is None
-
-
-# Uploads (D10)
 
 
 @pytest.mark.parametrize("preset", ["paper", "repo"])
@@ -192,9 +186,6 @@ def test_masked_upload_gives_the_same_sparse_models_and_masks_as_the_dense_with_
 def test_masked_upload_is_refused_with_server_memory(layout, options):
     with pytest.raises(ValueError, match="upload: 'masked' is not valid with server_memory"):
         method_of(layout, upload="masked", **options)
-
-
-# The penalty
 
 
 def test_penalty_gradient_equals_autograd_of_the_sum_of_norms_of_masked_tensors(layout):

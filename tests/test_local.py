@@ -179,22 +179,25 @@ def test_training_beyond_the_clients_time_limit_raises(model, layout):
     assert torch.equal(update(model, slow, client_timeout=60.0).weights, update(model, slow).weights)
 
 
-def test_training_is_a_function_of_seed_round_and_client_and_touches_no_global_generator():
-    images = torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8)
-    data = replace(DATA, train_images=images, augmentation="zeros")
-    module = build_model("alexnet", classes=4, width=0.02, channels=1, size=32)  # with dropout
-    model = FlatModel(module, Layout.of(module))
+@pytest.mark.parametrize("source", ["shuffle", "crop", "dropout"])
+def test_every_draw_is_a_function_of_seed_round_and_client_and_none_is_global(source):
+    data = replace(DATA, augmentation="zeros" if source == "crop" else None)
+    model, indices = linear_model(), INDICES if source == "shuffle" else INDICES[:1]  # one sample cannot be shuffled
+    if source == "dropout":
+        module = build_model("alexnet", classes=4, width=0.05, channels=1, size=32)
+        model = FlatModel(module, Layout.of(module))
+        data = replace(DATA, train_images=torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8))
     plan = LocalPlan(model.weights.clone())
-    before = torch.random.get_rng_state()
 
     def weights(seed, t, client):
-        torch.rand(1)  # whatever happened to the global generator before
-        return local_update(model, plan, data, INDICES, tiny_config(seed=seed, batch_size=5), t, client).weights
+        config = tiny_config(seed=seed, batch_size=5, lr_decay=1.0, local_epochs=4)
+        before = torch.random.get_rng_state()
+        trained = local_update(model, plan, data, indices, config, t, client).weights
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.rand(1)  # the next call finds the global generator elsewhere
+        return trained
 
     first = weights(0, 0, 0)
-    torch.random.set_rng_state(before)
-    local_update(model, plan, data, INDICES, tiny_config(), 0, 0)
-    assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first, weights(0, 0, 0))
     assert not any(torch.equal(first, weights(*address)) for address in [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
 

@@ -82,6 +82,13 @@ def test_worker_count_never_changes_a_bit_with_dropout_or_batchnorm(federation, 
     assert results[0][1:] == results[1][1:]
 
 
+def test_every_worker_uses_one_thread_whatever_the_caller_uses(federation):
+    torch.set_num_threads(2)
+    workers = federation(tiny_config(workers=3))[1].workers
+    assert [workers.submit(lambda model: torch.get_num_threads()).result() for _ in range(6)] == [1] * 6
+    assert torch.get_num_threads() == 2
+
+
 @dataclass(frozen=True)
 class Told(FedAvg):
     """FedAvg whose clients are told who they are; what they do with it is `act`'s to say."""

@@ -1,0 +1,213 @@
+"""Laws of figures, names and tables, on recorded runs of a tiny federation."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import FAST, tiny_config
+
+from feddip_lite import drawings, experiments
+from feddip_lite.experiments import NAMES, describe, labels, main_runs, profile_queue, recorded, train
+from feddip_lite.figures import COLOURS, accuracy_curves, column_panels, save_figure
+from feddip_lite.methods import METHODS
+from feddip_lite.report import MARKERS, agreement, headlines, paired, quantity, results_section, write_section
+from feddip_lite.results import load_results
+
+TWO = {**FAST, "rounds": 2}
+QUEUE = [tiny_config(method=method, seed=seed, **TWO) for method in ("fedavg", "feddip") for seed in (0, 1, 2)]
+QUEUE += [tiny_config(preset="repo", **TWO), tiny_config(partition="pathological", **TWO)]
+QUEUE += [tiny_config(method_options={"upload": "masked"}, **TWO), tiny_config(penalty_max=0.5, mask_interval=1, **TWO)]
+
+
+@pytest.fixture(autouse=True)
+def agg():
+    """Figures without a screen, closed afterwards."""
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`results/` of a small checkout: the profile `lite` has the runs of QUEUE."""
+    root = tmp_path_factory.mktemp("checkout") / "results"
+    train(QUEUE, root / "lite")
+    return root
+
+
+@pytest.fixture
+def results(folder):
+    return describe(load_results(folder / "lite"))
+
+
+def only(results, *names, seeds=(0, 1, 2)):
+    return results[results["label"].isin(names) & results["seed"].isin(seeds) & (results["split"] == "IID")]
+
+
+# ---- figures
+
+
+def test_saving_a_figure_twice_gives_the_same_bytes(results, tmp_path):
+    figure, again = (accuracy_curves({"Tiny": only(results, "FedAvg")}) for _ in range(2))
+    for name, drawn in (("first", figure), ("second", figure), ("third", again)):
+        save_figure(drawn, "curves", tmp_path / name)
+    for suffix in ("png", "svg"):
+        saved = {(tmp_path / name / f"curves.{suffix}").read_bytes() for name in ("first", "second", "third")}
+        assert len(saved) == 1
+
+
+def test_saved_figures_hold_neither_date_nor_software(tmp_path):
+    png, svg = (path.read_bytes() for path in save_figure(drawings.workflow(), "workflow", tmp_path))
+    assert b"Software" not in png and b"matplotlib" not in png.lower()
+    assert b"<dc:date>" not in svg and b"Matplotlib v" not in svg
+
+
+def test_an_interval_is_drawn_for_three_seeds_and_never_for_two(results):
+    three = accuracy_curves({"Tiny": only(results, "FedAvg")}, x=["round"]).axes[0]
+    two = accuracy_curves({"Tiny": only(results, "FedAvg", seeds=(0, 1))}, x=["round"]).axes[0]
+    assert (len(three.lines), len(three.collections)) == (1, 1)
+    assert (len(two.lines), len(two.collections)) == (2, 0)
+
+
+def test_legends_carry_n_and_titles_carry_data_and_rounds(results):
+    figure = accuracy_curves({"Tiny": only(results, "FedAvg", "FedDIP")})
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["FedAvg (n = 3)", "FedDIP (n = 3)"]
+    assert "digits, LeNet-5, T = 2 rounds" in figure.get_suptitle()
+
+
+def test_curves_against_bytes_end_at_the_total_of_the_run(results):
+    run = only(results, "FedDIP", seeds=(0,))
+    line = accuracy_curves({"Tiny": run}, x=["mib"]).axes[0].lines[0]
+    assert line.get_xdata()[-1] * 2**20 == pytest.approx((run["up_bytes"] + run["down_bytes"]).sum())
+    assert line.get_ydata()[-1] == run["accuracy"].iloc[-1]
+
+
+def test_each_source_has_columns_of_its_own(results):
+    iid = only(results, "FedAvg")
+    figure = accuracy_curves({"Fresh": iid, "Recorded": iid, "Empty": iid.iloc[:0]}, x=["round"])
+    assert [axes.get_title("left").split("\n")[0] for axes in figure.axes] == ["Fresh", "Recorded"]
+
+
+def test_column_panels_leave_out_rounds_without_a_value(results):
+    figure = column_panels(only(results, "FedAvg", "FedDIP"), ["sparsity", "pruning_error"], "Tiny")
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+
+
+def test_every_method_has_a_name_and_a_colour_of_its_own():
+    assert set(METHODS) <= set(NAMES) and set(METHODS) <= set(COLOURS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_drawing_leaves_the_style_of_matplotlib_alone():
+    before = dict(plt.rcParams)
+    drawings.schedules(20, 0.5, 0.9, 1e-3, 20)
+    drawings.before_after_pruning()
+    assert dict(plt.rcParams) == before
+
+
+def test_a_pruned_entry_of_a_matrix_is_left_blank():
+    mask = np.eye(3, dtype=bool)
+    image = drawings.matrices({"m": (np.ones((3, 3)), mask)}).axes[0].images[0].get_array()
+    assert np.array_equal(~image.mask, mask)
+
+
+# ---- names
+
+
+def test_labels_name_preset_and_changed_options(results):
+    assert labels(results) == [
+        "FedAvg",
+        "FedDIP",
+        "FedDIP (mask_interval = 1, penalty_max = 0.5)",
+        "FedDIP (repo)",
+        "FedDIP (upload = masked)",
+    ]
+
+
+def test_nothing_recorded_is_an_empty_frame_with_the_same_columns(results, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    empty = recorded("lite", dataset="digits")
+    assert len(empty) == 0
+    assert set(empty.columns) >= {"label", "split", "setting", "mib", "seed", "run_id", "method"}
+
+
+def test_main_runs_leave_ablations_out(folder, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", folder.parent)
+    monkeypatch.setattr(experiments, "profile_queue", lambda profile: QUEUE)
+    assert labels(main_runs("lite")["lenet5_digits"]) == ["FedAvg", "FedDIP", "FedDIP (repo)"]
+
+
+def test_an_unknown_profile_is_refused_by_name():
+    with pytest.raises(ValueError, match="PROFILE: 'smoke' is not valid; expected one of quick, lite, paper"):
+        profile_queue("smoke")
+
+
+def test_every_profile_loads_and_shortened_runs_keep_the_learning_rate_at_the_end():
+    for profile in experiments.PROFILES:
+        for config in profile_queue(profile):
+            assert config.lr_decay == pytest.approx(0.998 ** (1000 / config.rounds))
+
+
+# ---- comparisons and tables
+
+
+def test_differences_are_paired_by_seed(results):
+    runs = headlines(only(results, "FedAvg", "FedDIP"))
+    by_hand = [
+        runs.query("label == 'FedDIP' and seed == @seed")["accuracy"].item()
+        - runs.query("label == 'FedAvg' and seed == @seed")["accuracy"].item()
+        for seed in (0, 1, 2)
+    ]
+    assert paired(runs, "FedDIP", "FedAvg").tolist() == by_hand
+    assert len(paired(runs[runs["seed"] != 1], "FedDIP", "FedAvg")) == 2
+    assert len(paired(runs, "FedDP", "FedAvg")) == 0
+
+
+def test_quantities_below_three_seeds_have_no_interval():
+    assert quantity([0.5]) == "0.5000 (n=1)"
+    assert quantity([0.5, 0.6]) == "0.5000, 0.6000 (n=2)"
+    assert quantity([0.1, 0.2, 0.3], digits=2, sign="+") == "+0.20 ± 0.25 (n=3)"  # t(0.975, 2) = 4.303
+    assert quantity([]) == "-"
+
+
+def test_there_is_a_verdict_for_three_seeds_and_none_for_two(results):
+    three = agreement(only(results, "FedAvg", "FedDIP"))
+    assert "FedDIP / FedAvg, total bytes" in three and three.count("no verdict") == 1  # FedDP was not run
+    assert 'Claim "fewer bytes travel than with FedAvg": agrees.' in three
+    assert agreement(only(results, "FedAvg", "FedDIP", seeds=(0, 1))).count("no verdict") == 3
+
+
+def test_the_table_has_the_numbers_of_the_runs(folder, results):
+    section = results_section(folder)
+    run = only(results, "FedDIP", seeds=(0,))
+    whole, dense = (headlines(only(results, name)) for name in ("FedDIP", "FedAvg"))
+    row = next(line for line in section.splitlines() if line.startswith("| FedDIP | IID |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == quantity(whole["accuracy"])
+    assert float(cells[3]) == pytest.approx(run["sparsity"].iloc[-1], abs=1e-3)
+    assert float(cells[4]) == pytest.approx(whole["mib"].mean(), abs=0.05)
+    assert float(cells[5]) == pytest.approx((whole["mib"].to_numpy() / dense["mib"].to_numpy()).mean(), abs=5e-4)
+    assert cells[6].endswith("(n=3)") and "±" in cells[6]
+    assert "digits, LeNet-5, T = 2 rounds" in section and "profile `lite`" in section
+    assert "Seeds: 0, 1, 2. Data: Handwritten digits" in section and "n < 3" in section
+
+
+def test_an_empty_results_folder_says_so(tmp_path):
+    assert results_section(tmp_path) == "No recorded runs yet."
+
+
+def test_the_section_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    for _ in range(2):
+        write_section(readme, "new")
+    assert readme.read_text() == f"before\n{MARKERS[0]}\n\nnew\n\n{MARKERS[1]}\nafter\n"
+
+
+@pytest.mark.parametrize("content", ["", MARKERS[0], MARKERS[1] + MARKERS[0], MARKERS[0] * 2 + MARKERS[1]])
+def test_missing_or_doubled_markers_are_refused(tmp_path, content):
+    readme = tmp_path / "README.md"
+    readme.write_text(content)
+    with pytest.raises(ValueError, match="README.md: needs the lines"):
+        write_section(readme, "new")
+    assert readme.read_text() == content
