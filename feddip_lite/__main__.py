@@ -13,6 +13,7 @@ from .checks import refuse_unknown
 from .config import Config
 from .engine import OutOfTime, execute, run
 from .profiles import load_profile
+from .results import read_run
 from .server import ClientFailure
 
 BAD_INPUT = 2
@@ -99,6 +100,8 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
     configs = load_profile(given.profile)
     for number, config in enumerate(configs, 1):
         try:
+            if time.monotonic() > deadline and read_run(given.results, config.run_id) is None:
+                raise OutOfTime(f"{config.run_id}: not started")
             history = execute(config, given.results, every, not given.quiet, deadline)
         except OutOfTime as stop:
             print(f"time limit reached; {len(configs) - number + 1} of {len(configs)} runs left. {stop}", flush=True)

@@ -18,16 +18,14 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
 from .data import Dataset, Split, fit_images, load_dataset, partition_dirichlet, partition_iid, partition_pathological
 from .layout import FlatModel, Layout
-from .local import Diverged, evaluate
 from .methods import Method, build_method
 from .models import INPUT_SHAPES, build_model
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
 from .seeds import derive, numpy_generator
-from .server import Clients, RoundRecord, ServerState, initial_state, run_round
+from .server import Clients, RoundRecord, ServerState, evaluate_state, initial_state, run_round
 from .workers import Workers, num_workers
 
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
-EVALUATION_CHUNK = 1024  # test samples per job; fixed, so that the bits do not depend on the number of workers
 
 
 class OutOfTime(Exception):
@@ -47,8 +45,8 @@ def run(
         progress: show a progress line with an estimate of the time left.
 
     Raises:
-        ValueError: bad input, damaged files, a diverging run.
-        ClientFailure: a client failed and the configuration says "abort".
+        ValueError: bad input or damaged files; the global model's test loss is not finite.
+        ClientFailure: a client failed or diverged and the configuration says "abort", or every client did.
     """
     return execute(config, results_dir, checkpoint_every, progress)
 
@@ -60,7 +58,10 @@ def execute(
     progress: bool,
     deadline: float = math.inf,
 ) -> pd.DataFrame:
-    """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint."""
+    """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint.
+
+    At least one round is done, so that repeated calls come to an end.
+    """
     config = config.resolved()
     if results_dir is None:
         state, clients, method = prepare(config)
@@ -109,7 +110,7 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     models = [FlatModel(build(), layout, device) for _ in range(count)]
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
-    return state, Clients(data.to(device), train, test, Workers(models)), method
+    return state, Clients(data.to(device), train, test, Workers(models), split.sha256), method
 
 
 def split_of(data: Dataset, config: Config) -> Split:
@@ -121,33 +122,6 @@ def split_of(data: Dataset, config: Config) -> Split:
     if config.partition == "dirichlet":
         return partition_dirichlet(*labels, config.clients, draw, config.alpha)
     return partition_iid(*labels, config.clients, draw)
-
-
-def evaluate_state(state: ServerState, clients: Clients) -> dict[str, float]:
-    """The sparse global model w*m on the whole test set, in chunks side by side.
-
-    Returns: `accuracy` in [0, 1], mean cross-entropy `loss`, `top5_accuracy`, and `local_accuracy`, the mean over
-    clients of the accuracy on their own test shards.
-
-    Raises:
-        Diverged: the loss is NaN or infinite.
-    """
-    everything = torch.arange(len(clients.data.test_labels), device=state.weights.device)
-    model = (state.weights, state.mask, state.buffers, clients.data)
-    jobs = [clients.workers.submit(evaluate, *model, chunk) for chunk in everything.split(EVALUATION_CHUNK)]
-    parts = [job.result() for job in jobs]
-    ranks = torch.cat([part.ranks for part in parts]).cpu()
-    loss = float(torch.cat([part.losses for part in parts]).double().mean())
-    if not math.isfinite(loss):
-        raise Diverged(f"round {state.round - 1}: the global model's test loss is {loss}")
-    correct = (ranks == 0).double()
-    own = [float(correct[shard.cpu()].mean()) for shard in clients.test if len(shard)]
-    return {
-        "accuracy": float(correct.mean()),
-        "top5_accuracy": float((ranks < 5).double().mean()),
-        "loss": loss,
-        "local_accuracy": sum(own) / len(own),
-    }
 
 
 def _train(
@@ -220,11 +194,10 @@ def history_of(progress: Progress, config: Config) -> pd.DataFrame:
 
 def _facts(clients: Clients, config: Config, progress: Progress) -> dict:
     data = clients.data
-    split = Split(*(tuple(shard.cpu().numpy() for shard in part) for part in (clients.train, clients.test)))
     return {
         "precision": config.precision,
         "data": {"source": data.source, "variant": data.variant, "sha256": data.sha256},
-        "split_sha256": split.sha256,
+        "split_sha256": clients.split_sha256,
         "wall_seconds": progress.wall_seconds,
     }
 

@@ -8,17 +8,19 @@ State is a value; nothing is remembered between rounds but `ServerState` and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from .config import Config
 from .data import Dataset
 from .layout import FlatModel
-from .local import Diverged, local_update
+from .local import Diverged, evaluate, local_update
 from .message import Message, num_bytes
 from .methods import Method
 from .methods.base import Memory, samples_of
@@ -27,6 +29,7 @@ from .seeds import numpy_generator
 from .sparsity import jaccard, sparsity_of
 from .workers import Workers
 
+EVALUATION_CHUNK = 1024  # test samples per job; fixed, so that the bits do not depend on the number of workers
 EMPTY: Memory = MappingProxyType({})
 
 
@@ -50,12 +53,14 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Clients:
-    """The data and the clients' memories. `train[i]`, `test[i]`: sample indices of client i, int64 on the device."""
+    """The data and the clients' memories. `train[i]`, `test[i]`: sample indices of client i, int64 on the device;
+    `split_sha256`: the checksum of them all."""
 
     data: Dataset
     train: tuple[Tensor, ...]
     test: tuple[Tensor, ...]
     workers: Workers
+    split_sha256: str = ""
     memories: Mapping[int, Memory] = field(default_factory=dict)
 
 
@@ -173,3 +178,30 @@ def initial_state(method: Method, model: FlatModel) -> ServerState:
     """The state before round 0, from the model's initial weights and the method's first mask."""
     mask, memory = method.start()
     return ServerState(0, model.weights.clone(), model.buffers.clone(), mask.to(model.weights.device), memory)
+
+
+def evaluate_state(state: ServerState, clients: Clients) -> dict[str, float]:
+    """The sparse global model w*m on the whole test set, in chunks side by side.
+
+    Returns: `accuracy` in [0, 1], mean cross-entropy `loss`, `top5_accuracy`, and `local_accuracy`, the mean over
+    clients of the accuracy on their own test shards.
+
+    Raises:
+        Diverged: the loss is NaN or infinite.
+    """
+    everything = torch.arange(len(clients.data.test_labels), device=state.weights.device)
+    model = (state.weights, state.mask, state.buffers, clients.data)
+    jobs = [clients.workers.submit(evaluate, *model, chunk) for chunk in everything.split(EVALUATION_CHUNK)]
+    parts = [job.result() for job in jobs]
+    ranks = torch.cat([part.ranks for part in parts]).cpu()
+    loss = float(torch.cat([part.losses for part in parts]).double().mean())
+    if not math.isfinite(loss):
+        raise Diverged(f"round {state.round - 1}: the global model's test loss is {loss}")
+    correct = (ranks == 0).double()
+    own = [float(correct[shard.cpu()].mean()) for shard in clients.test if len(shard)]
+    return {
+        "accuracy": float(correct.mean()),
+        "top5_accuracy": float((ranks < 5).double().mean()),
+        "loss": loss,
+        "local_accuracy": sum(own) / len(own),
+    }

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from feddip_lite.config import Config
-from feddip_lite.engine import evaluate_state, prepare
-from feddip_lite.server import run_round
+from feddip_lite.engine import prepare
+from feddip_lite.server import evaluate_state, run_round
 
 pytestmark = [
     pytest.mark.cuda,

@@ -8,11 +8,10 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from feddip_lite.engine import evaluate_state
 from feddip_lite.message import Message, encode
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
-from feddip_lite.server import ClientFailure, run_round, sample_cohort, train_client
+from feddip_lite.server import ClientFailure, evaluate_state, run_round, sample_cohort, train_client
 
 MANY = {"clients": 60, "clients_per_round": 5}  # 24 samples each
 
