@@ -1,12 +1,12 @@
 """Laws of recorded runs: exact round trips, damage is named, headline and interval, writes whole or not at all."""
 
-import importlib.metadata
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from scipy import stats
 
 import feddip_lite
 from feddip_lite import load_results, run
-from feddip_lite.results import COLUMNS, atomic_write, headline, interval, read_run, save_run
+from feddip_lite.results import COLUMNS, ROOT, atomic_write, headline, interval, read_run, save_run
 
 
 def history_of(rounds=15, seed=0, **columns):
@@ -196,8 +196,9 @@ def test_public_names():
     assert all(hasattr(feddip_lite, name) for name in feddip_lite.__all__)
 
 
-def test_version_is_that_of_the_distribution():
-    assert feddip_lite.__version__ == importlib.metadata.version("feddip-lite")
+def test_version_is_that_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert feddip_lite.__version__ == project["version"]
 
 
 def test_import_loads_nothing_that_only_notebooks_downloads_or_figures_need():
