@@ -34,7 +34,8 @@ INK = "#222222"
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 8.5, "figure.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e7ea", "grid.linewidth": 0.8, "axes.edgecolor": "#808890", "legend.frameon": False,
+    "grid.color": "#e4e7ea", "grid.linewidth": 0.8, "axes.edgecolor": "#808890",
+    "legend.framealpha": 0.8, "legend.edgecolor": "none",
     "figure.dpi": 110, "lines.linewidth": 1.8, "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans",
 }  # fmt: skip
 AXES = {
@@ -109,7 +110,8 @@ def accuracy_curves(sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("ro
             panel.set_ylim(max(low, 0), min(high, 1.02))
     if len(sources) == 1:
         title, results, _ = shown[0]
-        figure.suptitle(f"{title}\n{results['setting'].iloc[0]}", x=0.01, ha="left")
+        setting = results["setting"].iloc[0]
+        figure.suptitle(f"{title}\n{_wrapped(setting) if len(shown) == 1 else setting}", x=0.01, ha="left")
     return figure
 
 

@@ -26,7 +26,7 @@ from .methods import Method
 from .methods.base import Memory, samples_of
 from .schedules import lr_at
 from .seeds import numpy_generator
-from .sparsity import jaccard, sparsity_of
+from .sparsity import density, jaccard
 from .workers import Workers
 
 EVALUATION_CHUNK = 1024  # test samples per job; fixed, so that the bits do not depend on the number of workers
@@ -116,7 +116,7 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     record = RoundRecord(
         round=t,
         train_loss=loss / sum(samples.values()),
-        sparsity=sparsity_of(prunable * new.mask),
+        sparsity=1 - density(prunable * new.mask),
         lr=lr_at(t, lr=config.lr, decay=config.lr_decay, schedule=config.lr_schedule, smoothness=config.smoothness),
         penalty=method.penalty(t),
         up_bytes=sum(num_bytes(reply) for reply in replies.values()),

@@ -12,6 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .layout import Layout
+
 
 def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
     """Erdos-Renyi-kernel densities: thin layers denser, wide layers sparser, `density` overall.
@@ -46,13 +48,18 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     return [1.0 if i in saturated else scale * sum(shape) / sizes[i] for i, shape in enumerate(shapes)]
 
 
-def random_mask(sizes: Sequence[int], densities: Sequence[float], generator: torch.Generator) -> Tensor:
-    """A uniformly random mask with exactly `round(density * size)` True in each consecutive layer.
+def random_mask(layout: Layout, densities: Sequence[float], generator: torch.Generator) -> Tensor:
+    """A uniformly random mask with exactly `round(density * size)` True in each prunable tensor.
 
-    Returns bool (sum(sizes),) on the CPU; every draw comes from `generator`.
+    Args:
+        densities: share kept of each tensor of `layout.prunable_slots`, in [0, 1].
+
+    Returns:
+        bool (P,) on the CPU; every draw comes from `generator`.
     """
     layers = []
-    for size, density in zip(sizes, densities, strict=True):
+    for slot, density in zip(layout.prunable_slots, densities, strict=True):
+        size = slot.stop - slot.start
         layer = torch.zeros(size, dtype=torch.bool)
         layer[torch.randperm(size, generator=generator)[: round(density * size)]] = True
         layers.append(layer)
@@ -87,9 +94,9 @@ def num_kept(sparsity: float, size: int) -> int:
     return size - round(sparsity * size)
 
 
-def sparsity_of(weights: Tensor) -> float:
-    """Measured share of exact zeros in `weights` ((P,), any real dtype), in [0, 1]."""
-    return 1.0 - int(torch.count_nonzero(weights)) / len(weights)
+def density(weights: Tensor) -> float:
+    """Measured share of `weights` ((P,), a mask or any real dtype) that are not zero, in [0, 1]."""
+    return int(torch.count_nonzero(weights)) / len(weights)
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:

@@ -7,10 +7,11 @@ import torch
 from conftest import random_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from feddip_lite.layout import Layout
 from feddip_lite.models import build_model
-from feddip_lite.sparsity import erk_densities, jaccard, num_kept, random_mask, sparsity_of, topk_mask
+from feddip_lite.sparsity import density, erk_densities, jaccard, num_kept, random_mask, topk_mask
 
 LENET = [(6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)]
 SHAPES = st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6)
@@ -81,25 +82,31 @@ def test_erk_rejects_no_shapes():
         erk_densities([], 0.5)
 
 
+def layout_of(*sizes: int) -> Layout:
+    """Prunable tensors of these sizes."""
+    return Layout.of(nn.Sequential(*(nn.Linear(size, 1, bias=False) for size in sizes)))
+
+
 @pytest.mark.parametrize("densities", [(0.5, 0.25, 1.0), (0.0, 1.0, 0.333), (0.071, 0.9, 0.5)])
 def test_random_mask_has_the_exact_count_in_every_layer(densities):
     sizes = (27, 192, 5)
-    mask = random_mask(sizes, densities, torch.Generator().manual_seed(0))
+    mask = random_mask(layout_of(*sizes), densities, torch.Generator().manual_seed(0))
     assert mask.dtype == torch.bool
     kept = [int(layer.sum()) for layer in mask.split(sizes)]
     assert kept == [round(d * n) for d, n in zip(densities, sizes, strict=True)]
 
 
 def test_random_mask_is_a_function_of_its_generator_and_touches_no_other():
-    before = torch.random.get_rng_state()
-    masks = [random_mask([300], [0.5], torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    layout, before = layout_of(300), torch.random.get_rng_state()
+    masks = [random_mask(layout, [0.5], torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_random_mask_is_uniform_over_the_layer():
-    counts = sum(random_mask([10], [0.3], torch.Generator().manual_seed(seed)).int() for seed in range(2000))
+    layout = layout_of(10)
+    counts = sum(random_mask(layout, [0.3], torch.Generator().manual_seed(seed)).int() for seed in range(2000))
     assert (counts - 600).abs().max() < 100  # five standard deviations of a binomial(2000, 0.3)
 
 
@@ -146,10 +153,10 @@ def test_num_kept_removes_exactly_the_rounded_share(sparsity, size):
     assert num_kept(sparsity, size) == size - round(sparsity * size)
 
 
-def test_sparsity_is_the_share_of_exact_zeros():
-    assert sparsity_of(torch.tensor([0.0, -0.0, 1e-30, -3.0])) == 0.5
-    assert sparsity_of(torch.zeros(5)) == 1.0
-    assert sparsity_of(torch.ones(5)) == 0.0
+def test_density_is_the_share_that_is_not_exactly_zero():
+    assert density(torch.tensor([0.0, -0.0, 1e-30, -3.0])) == 0.5
+    assert density(torch.zeros(5)) == 0.0
+    assert density(torch.ones(5)) == 1.0
 
 
 def test_jaccard_is_intersection_over_union():

@@ -55,8 +55,7 @@ class FedDP(Method):
         """A random mask (P,) at ERK densities of the initial sparsity."""
         slots = self.layout.prunable_slots
         densities = erk_densities([slot.shape for slot in slots], 1 - self.initial_sparsity)
-        sizes = [slot.stop - slot.start for slot in slots]
-        return random_mask(sizes, densities, torch.Generator().manual_seed(seed))
+        return random_mask(self.layout, densities, torch.Generator().manual_seed(seed))
 
     def offer(self, state, t: int, client: int) -> Message:
         offer = super().offer(state, t, client)
