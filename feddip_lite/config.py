@@ -79,7 +79,7 @@ class Config:
         {}, Check("a mapping of option names to values", _mapping), "further settings"
     )
     eval_every: int = setting(1, integer(1), "rounds between evaluations; the last is always evaluated")
-    precision: str = setting("float32", one_of("float32", "tf32", "bf16"), "arithmetic of training and evaluation")
+    precision: str = setting("float32", one_of("float32", "tf32", "bf16"), "arithmetic of training")
     on_client_failure: str = setting("abort", one_of("abort", "skip"), "when a client fails: stop, or merge the rest")
     client_timeout: float | None = setting(None, real("(0, inf)"), "seconds a client may train", none="no limit")
     device: str = setting("auto", Check("auto, cpu, cuda or cuda:N", _device), "where tensors live")

@@ -160,7 +160,7 @@ def interval(values) -> tuple[float, float]:
 
 
 def provenance(device: torch.device, workers: int, **facts) -> dict:
-    """The circumstances of a run: versions, commit, hardware, and what else is given."""
+    """The circumstances of a run: versions, commit, hardware, worker threads (one intra-op thread each), `facts`."""
     return {
         "package": __version__,
         "commit": commit(),
@@ -168,7 +168,7 @@ def provenance(device: torch.device, workers: int, **facts) -> dict:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "cpus": os.cpu_count(),
-        "workers": workers,
+        "threads": workers,
         **facts,
     }
 

@@ -152,7 +152,7 @@ def test_run_writes_the_documented_columns_and_circumstances(tmp_path, capsys):
     record = json.loads((tmp_path / f"{config.run_id}.json").read_text())
     assert record["run_id"] == config.run_id
     assert record["config"] == asdict(config.resolved())
-    circumstances = "package commit torch device workers precision data split_sha256 wall_seconds".split()
+    circumstances = "package commit torch device threads precision data split_sha256 wall_seconds".split()
     assert set(record["provenance"]) >= set(circumstances)
     assert set(record["provenance"]["data"]) == {"source", "variant", "sha256"}
     assert {"last", "mean_last_10", "best_accuracy"} == set(record["final"])

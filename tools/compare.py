@@ -53,9 +53,10 @@ def interval(accuracies: list[float]) -> tuple[float, float] | None:
 
 
 def title(key: str) -> str:
-    """What a reader calls a group: method, data, model and rounds."""
+    """What a reader calls a group: method and preset, data and partition, model and rounds."""
     config = json.loads(key)
-    return " ".join(str(config[field]) for field in ("method", "dataset", "model", "rounds") if field in config)
+    fields = ("method", "preset", "dataset", "partition", "model", "rounds")
+    return " ".join(str(config[field]) for field in fields if field in config)
 
 
 def compare(recorded: Groups, fresh: Groups) -> tuple[list[str], int, int]:

@@ -39,7 +39,6 @@ class Method:
     seed: int
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
-    reconstruction: ClassVar[str] = ""  # what was assumed where the source's details were not to be had
 
     def penalty(self, t: int) -> float:
         """Strength of this method's regularisation in round t (0 = none); the column `penalty`."""
