@@ -13,6 +13,7 @@ from .checks import Check, integer, nearest, one_of, real, refuse_unknown, setti
 from .data import DATASETS
 from .methods import METHODS, resolved_options, settings_of
 from .models import MODELS
+from .schedules import lr_at
 
 OWN = "the method's own value"
 
@@ -128,6 +129,10 @@ class Config:
             filled["initial_sparsity"] = min(filled["initial_sparsity"], self.target_sparsity)
         options = resolved_options(self.method, self.preset, self.method_options, FIELDS)
         return replace(self, **filled, method_options=options)
+
+    def lr_at(self, t: int) -> float:
+        """Learning rate of round t under this configuration's schedule."""
+        return lr_at(t, lr=self.lr, decay=self.lr_decay, schedule=self.lr_schedule, smoothness=self.smoothness)
 
     @property
     def run_id(self) -> str:

@@ -56,15 +56,18 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def commit() -> str:
-    """The commit of the checkout this file lies in, with "+changes" if tracked files differ, or "no commit"."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+def commit() -> str | None:
+    """The commit of the checkout this file lies in, with "+" if the package has changes that it lacks, or None."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=20)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or a stuck network drive
-        return "no commit"
-    return head.stdout.strip() + "+changes" * (changed.returncode == 1) if head.returncode == 0 else "no commit"
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "."))
+    except (OSError, subprocess.SubprocessError):  # no git here, no checkout, or a stuck network drive
+        return None
 
 
 def device_name() -> str:
@@ -81,7 +84,8 @@ def device_name() -> str:
 
 def _python() -> Iterator[Finding]:
     yield f"python {sys.version.split()[0]}, {sys.executable}", False
-    yield f"feddip_lite {version(DISTRIBUTION) or '(run from its folder, not installed)'}, {commit()}", False
+    installed = version(DISTRIBUTION) or "(run from its folder, not installed)"
+    yield f"feddip_lite {installed}, {commit() or 'no commit'}", False
 
 
 def _libraries() -> Iterator[Finding]:

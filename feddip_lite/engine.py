@@ -93,7 +93,7 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     config = config.resolved()
     device = _device(config)
     data = load_dataset(config.dataset)
-    if INPUT_SHAPES[config.model] is not None:
+    if config.model in INPUT_SHAPES:
         data = fit_images(data, *INPUT_SHAPES[config.model])
     split = split_of(data, config)
     channels, size = data.train_images.shape[1:3]
@@ -135,7 +135,6 @@ def _train(
     deadline: float = math.inf,
 ) -> Progress:
     """All remaining rounds, checkpointed at `path` if given."""
-    clients = replace(clients, memories=progress.memories)
     saved = row_start = time.monotonic()
     bar = tqdm(
         initial=progress.state.round, total=config.rounds, desc=config.run_id, unit="round", disable=not show,
@@ -144,9 +143,9 @@ def _train(
     with bar, _arithmetic(config):
         try:
             while progress.state.round < config.rounds:
-                state, record = run_round(progress.state, clients, method, config)
-                clients = replace(clients, memories={**clients.memories, **record.memories})
-                progress.state, progress.memories = state, clients.memories
+                remembering = replace(clients, memories=progress.memories)
+                state, record = run_round(progress.state, remembering, method, config)
+                progress.state, progress.memories = state, {**progress.memories, **record.memories}
                 _account(progress, record)
                 if state.round % config.eval_every == 0 or state.round == config.rounds:
                     metrics = evaluate_state(state, clients)

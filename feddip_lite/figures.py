@@ -19,10 +19,9 @@ import pandas as pd
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 from .experiments import labels, splits
-from .results import ROOT, atomic_write
+from .results import ROOT, atomic_write, interval
 
 COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers; a method has the same colour everywhere
     "fedavg": "#000000", "fedprox": "#8c8c8c", "feddp": "#0072b2", "feddip": "#d55e00", "feddst": "#009e73",
@@ -150,7 +149,7 @@ def _over_seeds(panel: Axes, runs: pd.DataFrame, x: str, y: str, label: str, loo
             panel.plot(places, values[seed], label=name, linewidth=1.1, **look)
         return
     mean = values.mean(axis=1)
-    half = values.sem(axis=1) * stats.t.ppf(0.975, count - 1)
+    half = np.array([interval(row)[1] for row in values.to_numpy()])
     panel.plot(places, mean, label=f"{label} (n = {count})", **look)
     panel.fill_between(places, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-INPUT_SHAPES = {"lenet5": None, "alexnet": (3, 32), "resnet18": (3, 32)}
-"""(channels, size) that a model insists on; None: it takes the data set's own."""
+INPUT_SHAPES = {"alexnet": (3, 32), "resnet18": (3, 32)}
+"""(channels, size) that a model insists on; the others take the data set's own."""
 
 
 class Dropout(nn.Module):

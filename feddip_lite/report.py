@@ -26,13 +26,8 @@ NOTE = (
 )
 
 
-def headlines(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per run: `results.headline`, with the total `mib`; no rows for no runs."""
-    return headline(results) if len(results) else results
-
-
 def paired(runs: pd.DataFrame, label: str, reference: str, column: str = "accuracy", ratio: bool = False) -> np.ndarray:
-    """`label` minus `reference` (or divided by it) in a column of `headlines`, for every seed that has both; (n,)."""
+    """`label` minus `reference` (or divided by it) in a column of `headline`, for every seed that has both; (n,)."""
     by_seed = runs.pivot_table(index="seed", columns="label", values=column)
     if label not in by_seed or reference not in by_seed:
         return np.empty(0)
@@ -57,7 +52,7 @@ def agreement(results: pd.DataFrame) -> str:
     The rule: a verdict needs three seeds and a 95 % interval of the paired differences (or shares of bytes) that lies
     wholly on one side of no difference.
     """
-    parts, runs = [], headlines(results)
+    parts, runs = [], headline(results)
     for setting in results["setting"].unique():
         for split in splits(results[results["setting"] == setting]):
             group = runs[(runs["setting"] == setting) & (runs["split"] == split)]
@@ -89,7 +84,7 @@ def results_table(results: pd.DataFrame) -> str:
     """The Markdown table of one setting, a row per partition and method."""
     heads = "method (preset) | partition | final accuracy | measured sparsity | total MiB | share of FedAvg's bytes"
     lines = [f"| {heads} | accuracy minus FedAvg's |", "|" + " --- |" * 7]
-    runs = headlines(results)
+    runs = headline(results)
     for split in splits(results):
         group = runs[runs["split"] == split]
         for label in labels(group):

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from scipy import stats
 
 from . import __version__
 from .config import Config
+from .doctor import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: notebooks find `params/`, `results/` and `figures/` below it from any working directory."""
@@ -142,7 +142,9 @@ def load_results(folder: str | Path) -> pd.DataFrame:
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
     """One row per run of `load_results`: the configuration, `accuracy` as the mean of the last ten evaluated rounds,
-    the last measured `sparsity`, and `up_bytes`, `down_bytes` in total."""
+    the last measured `sparsity`, and `up_bytes`, `down_bytes` in total. No rows for no runs."""
+    if results.empty:
+        return results
     rows = []
     for _, run in results.groupby("run_id", sort=False):
         last = run.sort_values("round").iloc[-1].to_dict()
@@ -171,20 +173,6 @@ def provenance(device: torch.device, workers: int, **facts) -> dict:
         "threads": workers,
         **facts,
     }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" when the package has uncommitted changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "feddip_lite") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _plain(value):

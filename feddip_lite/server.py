@@ -24,7 +24,6 @@ from .local import Diverged, evaluate, local_update
 from .message import Message, num_bytes
 from .methods import Method
 from .methods.base import Memory, samples_of
-from .schedules import lr_at
 from .seeds import numpy_generator
 from .sparsity import density, jaccard
 from .workers import Workers
@@ -117,7 +116,7 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
         round=t,
         train_loss=loss / sum(samples.values()),
         sparsity=1 - density(prunable * new.mask),
-        lr=lr_at(t, lr=config.lr, decay=config.lr_decay, schedule=config.lr_schedule, smoothness=config.smoothness),
+        lr=config.lr_at(t),
         penalty=method.penalty(t),
         up_bytes=sum(num_bytes(reply) for reply in replies.values()),
         down_bytes=sum(num_bytes(offer) for offer in offers.values()),
@@ -139,7 +138,7 @@ def train_client(
     result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
     reply, memory = method.reply(result, memory, t)
     if reply.values is not None and not bool(reply.values.isfinite().all()):
-        raise Diverged("the reply holds NaN or infinite values")
+        raise Diverged(f"the reply holds NaN or infinite values; last finite loss: {result.loss:.4g}")
     return reply, memory
 
 

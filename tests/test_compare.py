@@ -1,5 +1,6 @@
 """Laws of tools/compare.py: a fresh run is judged by the recorded seeds of its configuration, or not at all."""
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -17,7 +18,10 @@ def record(folder, accuracies, first_seed=0, **config):
         run = {"method": "feddip", "rounds": 200, "device": "cpu", "seed": seed, **config}
         run_id = "-".join(map(str, run.values()))
         final = {"last": {}, "mean_last_10": {"accuracy": accuracy}, "best_accuracy": 1.0}
-        text = json.dumps({"run_id": run_id, "config": run, "final": final, "provenance": {}})
+        table = b"round,accuracy\n0,0.5\n"
+        sha256 = hashlib.sha256(table).hexdigest()
+        text = json.dumps({"run_id": run_id, "config": run, "final": final, "provenance": {}, "csv_sha256": sha256})
+        (folder / f"{run_id}.csv").write_bytes(table)
         (folder / f"{run_id}.json").write_text(text)
 
 
@@ -74,3 +78,12 @@ def test_an_unreadable_run_is_named(tmp_path, capsys):
     (tmp_path / "fresh" / "torn.json").write_text('{"run_id": ')
     assert compare(tmp_path) == 2
     assert "torn.json" in capsys.readouterr().err
+
+
+def test_a_run_whose_table_was_changed_is_refused(tmp_path, capsys):
+    record(tmp_path / "recorded", [0.80])
+    record(tmp_path / "fresh", [0.80])
+    table = next((tmp_path / "fresh").glob("*.csv"))
+    table.write_bytes(table.read_bytes().replace(b"0.5", b"0.6"))
+    assert compare(tmp_path) == 2
+    assert table.name in capsys.readouterr().err

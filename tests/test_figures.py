@@ -9,8 +9,8 @@ from feddip_lite import drawings, experiments
 from feddip_lite.experiments import NAMES, describe, labels, main_runs, profile_queue, recorded, train
 from feddip_lite.figures import COLOURS, accuracy_curves, column_panels, save_figure
 from feddip_lite.methods import METHODS
-from feddip_lite.report import MARKERS, agreement, headlines, paired, quantity, results_section, write_section
-from feddip_lite.results import load_results
+from feddip_lite.report import MARKERS, agreement, paired, quantity, results_section, write_section
+from feddip_lite.results import headline, load_results
 
 TWO = {**FAST, "rounds": 2}
 QUEUE = [tiny_config(method=method, seed=seed, **TWO) for method in ("fedavg", "feddip") for seed in (0, 1, 2)]
@@ -152,7 +152,7 @@ def test_every_profile_loads_and_shortened_runs_keep_the_learning_rate_at_the_en
 
 
 def test_differences_are_paired_by_seed(results):
-    runs = headlines(only(results, "FedAvg", "FedDIP"))
+    runs = headline(only(results, "FedAvg", "FedDIP"))
     by_hand = [
         runs.query("label == 'FedDIP' and seed == @seed")["accuracy"].item()
         - runs.query("label == 'FedAvg' and seed == @seed")["accuracy"].item()
@@ -180,7 +180,7 @@ def test_there_is_a_verdict_for_three_seeds_and_none_for_two(results):
 def test_the_table_has_the_numbers_of_the_runs(folder, results):
     section = results_section(folder)
     run = only(results, "FedDIP", seeds=(0,))
-    whole, dense = (headlines(only(results, name)) for name in ("FedDIP", "FedAvg"))
+    whole, dense = (headline(only(results, name)) for name in ("FedDIP", "FedAvg"))
     row = next(line for line in section.splitlines() if line.startswith("| FedDIP | IID |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == quantity(whole["accuracy"])

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from feddip_lite.config import Config
 from feddip_lite.engine import prepare
 from feddip_lite.local import local_update
-from feddip_lite.models import INPUT_SHAPES, MODELS, build_model
+from feddip_lite.models import MODELS, build_model
 from feddip_lite.seeds import derive, torch_generator
 from feddip_lite.server import run_round, sample_cohort
 from feddip_lite.sparsity import num_kept, topk_mask
@@ -105,7 +105,7 @@ def textbook_federation(config: Config, state, clients, method):
     """All rounds of FedAvg, FedDP or FedDIP with a list of clients. Yields (dense module, masks, train loss)."""
     data, layout = clients.data, method.layout
     images, labels = data.train_images.float() / data.scale, data.train_labels
-    channels, size = INPUT_SHAPES[config.model] or (1, 28)
+    channels, size = data.train_images.shape[1:3]
     seed = derive(config.seed, "initial weights")
     shape = dict(classes=10, width=config.width, channels=channels, size=size)
     server = build_model(config.model, **shape, seed=seed)
@@ -157,7 +157,6 @@ CASES += [("feddip", "paper"), ("feddip", "repo"), ("feddip", "memory")]
 @pytest.mark.parametrize(("method", "preset"), CASES)
 def test_three_rounds_agree_with_the_textbook(method, preset, partition, model, monkeypatch):
     monkeypatch.setitem(MODELS, "batchnorm", SmallBatchNorm)
-    monkeypatch.setitem(INPUT_SHAPES, "batchnorm", None)
     extra = {} if method == "fedavg" else {"mask_interval": 2}
     if method == "feddip":
         extra["penalty_max"] = 0.05  # large enough that a wrong penalty could not hide in the tolerance

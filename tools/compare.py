@@ -14,6 +14,8 @@ from pathlib import Path
 
 from scipy import stats
 
+from feddip_lite.results import read_run
+
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
 ROUNDING = 1e-9  # runs that agree to the bit have an interval of width zero; their own value must count as inside
@@ -24,19 +26,18 @@ Groups = dict[str, list[Run]]
 
 
 def load(folder: Path) -> Groups:
-    """All finished runs below `folder`, grouped by their configuration (as canonical JSON) without seed and machine."""
+    """All finished runs in `folder`, grouped by their configuration (as canonical JSON) without seed and machine.
+
+    Raises:
+        ValueError: no such folder, or a damaged run; names it.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(run, dict) or "run_id" not in run:
-                continue  # another file that lies beside the runs
-            config = {key: value for key, value in run["config"].items() if key not in NOT_THE_EXPERIMENT}
-            entry = (run["run_id"], run["config"]["seed"], float(run["final"]["mean_last_10"]["accuracy"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{path}: not a finished run ({type(error).__name__}: {error})") from error
+        _, run = read_run(folder, path.stem)
+        config = {key: value for key, value in run["config"].items() if key not in NOT_THE_EXPERIMENT}
+        entry = (run["run_id"], run["config"]["seed"], run["final"]["mean_last_10"]["accuracy"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(entry)
     return {key: sorted(runs, key=lambda run: run[1]) for key, runs in groups.items()}
 

@@ -25,9 +25,9 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 from feddip_lite import doctor
+from feddip_lite.experiments import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILES = ("quick", "lite", "paper")
 QUICK_CELL_SECONDS = 300  # as in `make test`; the longer profiles train for hours in one cell and have no limit
 
 
@@ -182,7 +182,8 @@ def write_report(out: Path, sources: Path, profile: str, errors: dict[str, str])
         page = re.sub(r'(href="(?:\./)?\d\d_[\w-]+)\.ipynb', r"\1.html", page)  # previous and next notebook
         copy.with_suffix(".html").write_text(page, encoding="utf-8")
         rows.append(index_row(copy.stem, notebook, errors.get(copy.stem)))
-    where = f"feddip_lite {doctor.version('feddip-lite')} ({doctor.commit()}), torch {doctor.version('torch')}, "
+    where = f"feddip_lite {doctor.version('feddip-lite')} ({(doctor.commit() or 'no commit')[:12]}), "
+    where += f"torch {doctor.version('torch')}, "
     where += f"{doctor.device_name()}, {os.cpu_count()} CPU cores; written {datetime.now():%Y-%m-%d %H:%M}"
     index = out / "index.html"
     index.write_text(INDEX.format(profile=profile, where=html.escape(where), rows="".join(rows)), encoding="utf-8")
