@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .arithmetic import fastest_arithmetic
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
 from .data import Dataset, Split, fit_images, load_dataset, partition_dirichlet, partition_iid, partition_pathological
@@ -108,6 +109,8 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     method = build_method(config, layout)
     count = num_workers(config.workers, config.clients_per_round, device)
     models = [FlatModel(build(), layout, device) for _ in range(count)]
+    for model in models:
+        model.arithmetic = fastest_arithmetic(model, config.precision)
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
     return state, Clients(data.to(device), train, test, Workers(models), split.sha256), method

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import Autograd
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -112,7 +114,8 @@ class Layout:
 class FlatModel:
     """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
 
-    Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`.
+    Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`;
+    `arithmetic` computes loss and gradient at `weights`.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
@@ -132,6 +135,7 @@ class FlatModel:
             slot.of(self.buffers).copy_(statistics[slot.name])
             owner, _, name = slot.name.rpartition(".")
             setattr(module.get_submodule(owner), name, slot.of(self.buffers))
+        self.arithmetic = Autograd(self.module, self.gradient)
 
     def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
         """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +41,14 @@ class LocalPlan:
         add_gradient_: called as `add_gradient_(gradient, masked, dense)`, all (n,); adds the gradient of a penalty or
             a proximal term to the first argument in place.
         project: apply the mask to w after every step (masked SGD), which removes error feedback.
-        epochs: passes over the client's data; None = the configuration's `local_epochs`.
+        epochs: passes over the client's data; None = the configuration's `local_epochs`, 0 = no training.
+        mode: "train"; "refresh" = forward passes that change nothing but BatchNorm statistics; "score" = forward
+            passes in evaluation mode that change nothing: they only measure the loss.
+        squared_gradients: sum the squared gradients of all steps.
+        final_gradient: "batch" or "epoch": after training, take the gradient at w * mask over one more batch, or
+            one more pass, of the client's data.
+        then: makes a second plan from this one's result: prune, then go on. It starts where that plan says.
+        model: trained in place of the worker's own, for clients whose model differs from the server's.
     """
 
     weights: Tensor
@@ -48,18 +57,42 @@ class LocalPlan:
     add_gradient_: Callable[[Tensor, Tensor, Tensor], None] | None = None
     project: bool = False
     epochs: int | None = None
+    mode: str = "train"
+    squared_gradients: bool = False
+    final_gradient: str | None = None
+    then: Callable[[LocalResult], LocalPlan] | None = None
+    model: FlatModel | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What training left: dense `weights` (n,), BatchNorm `buffers` (b,), the plan's `mask`, the number of training
-    `samples`, and `loss`, the mean masked cross-entropy over all samples of all epochs, without penalty."""
+    """What training left; everything stays on the device, nothing is waited for.
+
+    Attributes:
+        weights: (n,) float32, dense; `buffers`: BatchNorm statistics (b,); `mask`: the plan's.
+        samples: number of training samples.
+        losses: (steps,) float32, masked cross-entropy of each step, without penalty.
+        loss: () float64, their mean over samples. Without training, of the final gradient's batches.
+        squared_gradients: (n,) float32, if the plan asked for them.
+        gradient: (n,) float32, the plan's `final_gradient`: a mean over samples, without penalty.
+    """
 
     weights: Tensor
     buffers: Tensor
     mask: Tensor | None
     samples: int
-    loss: float
+    losses: Tensor
+    loss: Tensor
+    squared_gradients: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def check(self) -> None:
+        """Wait for the device and raise `Diverged` if a loss or a weight is NaN or infinite."""
+        each = self.losses.cpu()
+        finite = each[each.isfinite()]
+        if len(finite) < len(each) or not self.weights.isfinite().all():
+            last = f"{finite[-1]:.4g}" if len(finite) else "none in this round"
+            raise Diverged(f"training diverged in step {len(finite) + 1} of {len(each)}; last finite loss: {last}")
 
 
 class Diverged(ValueError):
@@ -67,7 +100,7 @@ class Diverged(ValueError):
 
 
 def local_update(
-    model: FlatModel, plan: LocalPlan, data: Dataset, indices: Tensor, config: Config, t: int, client: int
+    model: FlatModel, plan: LocalPlan, data: Dataset, indices: Tensor, config: Config, t: int, client: int, phase=0
 ) -> LocalResult:
     """Train on `indices` of the training set for one round: per batch b
 
@@ -78,73 +111,92 @@ def local_update(
     Args:
         model: scratch space; its weights, statistics and mode are overwritten. Nothing else is changed.
         indices: (k,) int64, this client's training samples.
-        t, client: address of this client's random draws.
+        t, client, phase: address of this client's random draws; phase 1 is a plan's `then`.
 
     Raises:
-        Diverged: the loss or the weights became non-finite.
         TimeoutError: `config.client_timeout` seconds have passed.
 
     Source: slides, Eq. 1-2; published code `client.py:train_model`, without its second forward pass (D12).
     """
+    model = plan.model or model
+    address = (t, client, phase) if phase else (t, client)
+    batches = partial(_batches, model, data, indices, config=config, address=address)
+    deadline = time.monotonic() + (config.client_timeout or float("inf"))
     w = plan.weights.clone()
     mask = None if plan.mask is None else plan.mask.to(w.dtype)
-    prunable = model.layout.prunable
-    lr = config.lr_at(t)
-    deadline = time.monotonic() + (config.client_timeout or float("inf"))
-    epochs = config.local_epochs if plan.epochs is None else plan.epochs
+    prunable, lr = model.layout.prunable, config.lr_at(t)
+    squares = torch.zeros_like(w) if plan.squared_gradients else None
     model.load(w, mask, plan.buffers)
-    model.module.train()
+    model.module.train(plan.mode != "score")
     losses, sizes = [], []
-    for images, labels in _batches(model, data, indices, epochs, config, t, client):
+    for images, labels in batches(config.local_epochs if plan.epochs is None else plan.epochs):
         if time.monotonic() > deadline:
             raise TimeoutError(f"local training took longer than client_timeout = {config.client_timeout} s")
-        model.load(w, mask)
-        losses.append(_loss_and_gradient(model, images, labels, config.precision))
         sizes.append(len(labels))
+        if plan.mode != "train":
+            losses.append(_loss(model, images, labels))
+            continue
+        model.load(w, mask)
+        losses.append(model.arithmetic.loss_and_gradient(images, labels))
+        if squares is not None:
+            squares.addcmul_(model.gradient, model.gradient)
         if plan.add_gradient_ is not None:
             plan.add_gradient_(model.gradient, model.weights, w)
         w.mul_(1 - lr * config.weight_decay).add_(model.gradient, alpha=-lr)
         if plan.project and mask is not None:
             w[:prunable].mul_(mask)
-    loss = _mean_loss(losses, sizes, w)
-    return LocalResult(w, model.buffers.clone(), plan.mask, len(indices), loss)
+    result = LocalResult(w, model.buffers.clone(), plan.mask, len(indices), *_mean_loss(losses, sizes, w), squares)
+    if plan.final_gradient is not None:
+        model.load(w, mask)
+        last = batches(1, purpose="final gradient")
+        result = _with_gradient(result, model, last if plan.final_gradient == "epoch" else islice(last, 1))
+    if plan.then is None:
+        return result
+    after = local_update(model, plan.then(result), data, indices, config, t, client, phase + 1)
+    return replace(after, losses=torch.cat([result.losses, after.losses]), loss=result.loss)
 
 
-def _loss_and_gradient(model: FlatModel, images: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Cross-entropy at `model.weights`; its gradient is left in `model.gradient`. Returns the loss, a scalar tensor."""
-    model.gradient.zero_()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        loss = F.cross_entropy(model.module(images), labels)
-    loss.backward()
-    return loss.detach()
+def _mean_loss(losses: list[Tensor], sizes: list[int], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses (steps,), their mean over samples in float64), on the device of `weights`; NaN without any."""
+    if not losses:
+        return weights.new_zeros(0), weights.new_full((), float("nan"), dtype=torch.float64)
+    each = torch.stack(losses)
+    return each, each.double() @ torch.tensor(sizes, dtype=torch.float64).to(each.device) / sum(sizes)
+
+
+def _loss(model: FlatModel, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model.arithmetic.logits(images), labels)
+
+
+def _with_gradient(result: LocalResult, model: FlatModel, batches: Iterator) -> LocalResult:
+    """`result` with the mean gradient over the samples of `batches`; and their losses, if nothing was trained."""
+    total, losses, sizes = torch.zeros_like(model.gradient), [], []
+    for images, labels in batches:
+        losses.append(model.arithmetic.loss_and_gradient(images, labels))
+        sizes.append(len(labels))
+        total.add_(model.gradient, alpha=len(labels))
+    result = replace(result, gradient=total.div_(sum(sizes)))
+    if len(result.losses):
+        return result
+    each, loss = _mean_loss(losses, sizes, total)
+    return replace(result, losses=each, loss=loss)
 
 
 def _batches(
-    model: FlatModel, data: Dataset, indices: Tensor, epochs: int, config: Config, t: int, client: int
+    model: FlatModel, data: Dataset, indices: Tensor, epochs: int, config: Config, address: tuple, purpose="shuffle"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised batches of `epochs` shuffled passes; the last batch of a pass may be short."""
-    shuffle = torch_generator(config.seed, "shuffle", t, client)
-    crop = torch_generator(config.seed, "augment", t, client)
+    shuffle = torch_generator(config.seed, purpose, *address)
+    crop = torch_generator(config.seed, "augment", *address)
     for layer in model.module.modules():
         if isinstance(layer, Dropout):
-            layer.generator = torch_generator(config.seed, "dropout", t, client, device=model.weights.device)
+            layer.generator = torch_generator(config.seed, "dropout", *address, device=model.weights.device)
     for _ in range(epochs):
         order = torch.randperm(len(indices), generator=shuffle)
         for batch in indices[order.to(indices.device)].split(config.batch_size):
             images = augment(data.train_images[batch], data.augmentation, crop)
             yield normalise(images, data), data.train_labels[batch]
-
-
-def _mean_loss(losses: list[Tensor], sizes: list[int], weights: Tensor) -> float:
-    """Mean over samples, in float64; the one place where the device is waited for."""
-    if not losses:
-        return float("nan")
-    each = torch.stack(losses).double().cpu()
-    finite = each[each.isfinite()]
-    if len(finite) < len(each) or not weights.isfinite().all():
-        last = f"{finite[-1]:.4g}" if len(finite) else "none in this round"
-        raise Diverged(f"training diverged in step {len(finite) + 1} of {len(each)}; last finite loss: {last}")
-    return float(each @ torch.tensor(sizes, dtype=torch.float64) / sum(sizes))
 
 
 @dataclass(frozen=True)
@@ -166,7 +218,7 @@ def evaluate(
     with torch.inference_mode():
         for batch in indices.split(EVALUATION_BATCH):
             labels = data.test_labels[batch][:, None]
-            logits = model.module(normalise(data.test_images[batch], data))
+            logits = model.arithmetic.logits(normalise(data.test_images[batch], data))
             losses.append(F.cross_entropy(logits, labels[:, 0], reduction="none"))
             true = logits.gather(1, labels)
             earlier = torch.arange(logits.shape[1], device=logits.device) < labels

@@ -20,7 +20,7 @@ from torch import Tensor
 from .config import Config
 from .data import Dataset
 from .layout import FlatModel
-from .local import Diverged, evaluate, local_update
+from .local import Diverged, LocalResult, evaluate, local_update
 from .message import Message, num_bytes
 from .methods import Method
 from .methods.base import Memory, samples_of
@@ -131,15 +131,26 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
 
 def train_client(
     model: FlatModel, method: Method, offer: Message, clients: Clients, config: Config, t: int, client: int
-) -> tuple[Message, Memory]:
-    """One client's part of a round: plan, train, reply. Returns (reply, the client's new memory)."""
+) -> tuple[Message, Memory, LocalResult]:
+    """One client's part of a round: plan, train, reply. Returns (reply, the client's new memory, result).
+
+    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `check_client`.
+    """
     memory = clients.memories.get(client, EMPTY)
     plan = method.plan(offer, memory, t)
     result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
-    reply, memory = method.reply(result, memory, t)
+    return *method.reply(result, memory, t), result
+
+
+def check_client(reply: Message, result: LocalResult) -> None:
+    """Refuse what must not be merged.
+
+    Raises:
+        Diverged: a loss, a weight, or a value of the reply is NaN or infinite.
+    """
+    result.check()
     if reply.values is not None and not bool(reply.values.isfinite().all()):
-        raise Diverged(f"the reply holds NaN or infinite values; last finite loss: {result.loss:.4g}")
-    return reply, memory
+        raise Diverged(f"the reply holds NaN or infinite values; last finite loss: {float(result.loss):.4g}")
 
 
 def _collect(futures: Mapping[int, Future], config: Config, t: int):
@@ -147,7 +158,8 @@ def _collect(futures: Mapping[int, Future], config: Config, t: int):
     replies, memories, skipped = {}, {}, {}
     for client, future in futures.items():
         try:
-            replies[client], memory = future.result()
+            reply, memory, result = future.result()
+            check_client(reply, result)
         except Exception as error:  # any failure of a client is the policy's to judge
             if config.on_client_failure == "abort":
                 for other in futures.values():
@@ -155,6 +167,7 @@ def _collect(futures: Mapping[int, Future], config: Config, t: int):
                 raise ClientFailure(f"round {t}, client {client}: {error}") from error
             skipped[client] = f"{type(error).__name__}: {error}"
         else:
+            replies[client] = reply
             if memory:
                 memories[client] = memory
     if not replies:

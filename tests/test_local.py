@@ -151,7 +151,7 @@ def test_loss_weighs_a_short_last_batch_by_its_samples():
     linear = linear_model()
     plan = LocalPlan(0.1 * random_vector(148))
     whole = update(linear, plan, batch_size=12, lr=1e-30)
-    assert update(linear, plan, batch_size=5, lr=1e-30).loss == pytest.approx(whole.loss, rel=1e-6)
+    assert update(linear, plan, batch_size=5, lr=1e-30).loss == pytest.approx(float(whole.loss), rel=1e-6)
 
 
 def test_batchnorm_statistics_come_from_the_masked_forward(model, layout):
@@ -166,10 +166,10 @@ def test_batchnorm_statistics_come_from_the_masked_forward(model, layout):
 
 def test_divergence_names_the_last_finite_loss(model, layout):
     with pytest.raises(Diverged, match=r"diverged in step \d+ of 60; last finite loss: [\d.e+-]+") as caught:
-        update(model, plan_of(layout), lr=1e30, local_epochs=20)
+        update(model, plan_of(layout), lr=1e30, local_epochs=20).check()
     assert float(str(caught.value).rpartition(" ")[2]) > 0
     with pytest.raises(Diverged, match="last finite loss: none in this round"):
-        update(model, replace(plan_of(layout), weights=torch.full((layout.size,), float("nan"))))
+        update(model, replace(plan_of(layout), weights=torch.full((layout.size,), float("nan")))).check()
 
 
 def test_training_beyond_the_clients_time_limit_raises(model, layout):
@@ -177,6 +177,75 @@ def test_training_beyond_the_clients_time_limit_raises(model, layout):
     with pytest.raises(TimeoutError, match="client_timeout = 0.01"):
         update(model, slow, client_timeout=0.01)
     assert torch.equal(update(model, slow, client_timeout=60.0).weights, update(model, slow).weights)
+
+
+def test_squared_gradients_are_summed_over_all_steps(model, layout):
+    seen = []
+    plan = plan_of(layout, squared_gradients=True, add_gradient_=lambda gradient, *_: seen.append(gradient.clone()))
+    result = update(model, plan, local_epochs=2)
+    assert len(seen) == 6
+    torch.testing.assert_close(result.squared_gradients, torch.stack(seen).square().sum(0))
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_final_gradient_is_the_mean_gradient_at_the_masked_weights_after_training(layout, epochs):
+    linear = linear_model()
+    mask = random_bools(144)
+    plan = LocalPlan(0.1 * random_vector(148), mask, epochs=epochs, final_gradient="epoch")
+    result = update(linear, plan)
+    at = linear.layout.masked(result.weights, mask)
+    linear.load(at, None)
+    linear.arithmetic.loss_and_gradient(normalise(DATA.train_images[INDICES], DATA), DATA.train_labels[INDICES])
+    torch.testing.assert_close(result.gradient, linear.gradient)
+    assert torch.equal(result.weights, update(linear, replace(plan, final_gradient=None)).weights)
+    one_batch = update(linear, replace(plan, final_gradient="batch"))
+    assert not torch.equal(one_batch.gradient, result.gradient)
+    assert result.loss.isfinite()
+
+
+def test_final_gradient_leaves_the_statistics_of_training(model, layout):
+    plan = plan_of(layout)
+    assert torch.equal(update(model, replace(plan, final_gradient="epoch")).buffers, update(model, plan).buffers)
+
+
+def test_refresh_changes_only_the_statistics_and_score_changes_nothing(model, layout):
+    plan = plan_of(layout, random_bools(layout.prunable), epochs=2)
+    trained = update(model, replace(plan, weights=plan.weights.clone()), lr=1e-30, weight_decay=0)
+    refreshed, scored = update(model, replace(plan, mode="refresh")), update(model, replace(plan, mode="score"))
+    assert torch.equal(refreshed.weights, plan.weights)
+    assert torch.equal(refreshed.buffers, trained.buffers)
+    assert not torch.equal(refreshed.buffers, plan.buffers)
+    assert torch.equal(scored.weights, plan.weights)
+    assert torch.equal(scored.buffers, plan.buffers)
+    assert refreshed.loss == pytest.approx(float(trained.loss))
+    assert scored.loss != pytest.approx(float(refreshed.loss))
+
+
+def test_a_second_plan_goes_on_from_the_first_ones_result_with_draws_of_its_own(model, layout):
+    mask = random_bools(layout.prunable)
+    plan = plan_of(layout)
+    first = update(model, plan)
+
+    def pruned(result):
+        return LocalPlan(result.weights, mask, result.buffers, project=True)
+
+    both = update(model, replace(plan, then=pruned))
+    alone = update(model, pruned(first))
+    assert len(both.losses) == 2 * len(first.losses)
+    assert torch.equal(both.losses[: len(first.losses)], first.losses)
+    assert both.loss == first.loss
+    assert torch.equal(both.mask, mask)
+    torch.testing.assert_close(both.weights, alone.weights, atol=0.1, rtol=0)
+    assert not torch.equal(both.weights, alone.weights)  # another order of samples
+
+
+def test_a_plans_own_model_is_trained_instead_of_the_workers(model, layout):
+    linear = linear_model()
+    plan = LocalPlan(0.1 * random_vector(148))
+    before = model.weights.clone()
+    result = update(model, replace(plan, model=linear))
+    assert torch.equal(result.weights, update(linear, plan).weights)
+    assert torch.equal(model.weights, before)
 
 
 @pytest.mark.parametrize("source", ["shuffle", "crop", "dropout"])

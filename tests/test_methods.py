@@ -106,7 +106,11 @@ def test_default_reply_is_packed_by_the_mask_that_the_server_knows(layout):
     method = Method(layout=layout, rounds=10, seed=0)
     mask = random_bools(layout.prunable, 0.3)
     weights = layout.masked(random_vector(layout.size), mask)
-    reply, memory = method.reply(LocalResult(weights, torch.ones(6), mask, 12, 0.5), {"kept": mask}, 0)
+    reply, memory = method.reply(
+        LocalResult(weights, torch.ones(6), mask, 12, torch.ones(3), torch.tensor(0.5, dtype=torch.float64)),
+        {"kept": mask},
+        0,
+    )
     assert reply.mask is None
     assert torch.equal(method.merge(state_of(layout, mask), {0: reply}, 0).weights, weights)
     assert {name: tensor.tolist() for name, tensor in reply.extras.items()} == {

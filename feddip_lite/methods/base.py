@@ -26,6 +26,32 @@ Replies = Mapping[int, Message]
 
 
 @dataclass(frozen=True)
+class About:
+    """A method's line in the methods table, in words.
+
+    Attributes:
+        title: as the literature spells it.
+        family: "dense to dense", "dense to sparse" or "sparse to sparse".
+        mask_from, scope, regrows: what the mask is chosen from, over what, and whether pruned weights can come back.
+        step, up, down: the client's step, and what travels.
+        source: paper or published code.
+        assumed: what had to be assumed where the source's details were not to be had; such a method is a
+            reconstruction, and carries a dagger wherever it is shown.
+    """
+
+    title: str
+    family: str
+    mask_from: str
+    scope: str
+    regrows: bool
+    step: str
+    up: str
+    down: str
+    source: str
+    assumed: str = ""
+
+
+@dataclass(frozen=True)
 class Method:
     """The default of every hook.
 
@@ -39,6 +65,7 @@ class Method:
     seed: int
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
+    about: ClassVar[About]
 
     def penalty(self, t: int) -> float:
         """Strength of this method's regularisation in round t (0 = none); the column `penalty`."""
@@ -79,7 +106,7 @@ class Method:
 
 def message_of(result: LocalResult, values: Tensor | None) -> Message:
     """A reply of `values` with what every reply carries: number of samples, loss and BatchNorm statistics."""
-    extras = {"samples": torch.tensor([result.samples]), "loss": torch.tensor([result.loss], dtype=torch.float64)}
+    extras = {"samples": torch.tensor([result.samples]), "loss": result.loss.view(1)}
     if len(result.buffers):
         extras["buffers"] = result.buffers
     return Message(values, None, extras)

@@ -9,12 +9,16 @@ from torch import Tensor
 from ..checks import real, setting
 from ..local import LocalPlan
 from ..message import Message
-from .base import Memory, Method
+from .base import About, Memory, Method
 
 
 @dataclass(frozen=True)
 class FedAvg(Method):
     """Federated averaging (McMahan et al. 2017): every hook is the default, with nothing pruned."""
+
+    about = About(
+        "FedAvg", "dense to dense", "-", "-", False, "dense", "dense w", "dense w", "McMahan et al., AISTATS 2017"
+    )
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class FedProx(FedAvg):
 
     The published FedDIP code's FedProx is inert and not squared (docs/deviations.md D28).
     """
+
+    about = replace(FedAvg.about, title="FedProx", step="dense + proximal term", source="Li et al., MLSys 2020")
 
     mu: float = setting(0.01, real("[0, inf)"), "strength of the proximal term")
 

@@ -18,13 +18,18 @@ from ..message import Message
 from ..schedules import penalty_at, published_penalty_at, sparsity_at
 from ..seeds import derive
 from ..sparsity import erk_densities, num_kept, random_mask, topk_mask
-from .base import Memory, Method, Replies, mean_buffers, message_of
+from .base import About, Memory, Method, Replies, mean_buffers, message_of
 
 
 @dataclass(frozen=True)
 class FedDP(Method):
     """Dynamic pruning with error feedback: gradients at w*m, steps and uploads of the dense w, and every
     `mask_interval` rounds a new global magnitude mask. Source: slides, Eq. 1-2; published code `fl_server.py`."""
+
+    about = About(
+        "FedDP", "dense to sparse", "magnitude of the average", "global", True, "gradient at w*m, dense step",
+        "dense w", "w*m and m", "FedDIP without its penalty: arXiv 2309.06805; EricLoong/feddip",
+    )  # fmt: skip
 
     initial_sparsity: float = 0.5
     target_sparsity: float = 0.9
@@ -102,6 +107,11 @@ class FedDP(Method):
 class FedDIP(FedDP):
     """FedDP with incremental regularisation: + lambda_t * sum over prunable tensors of ||w_l * m_l||_2, lambda_t
     growing by steps (slides, Eq. 3). The norm is not squared, as in the published code (D3)."""
+
+    about = replace(
+        FedDP.about, title="FedDIP", step="as FedDP, under a growing penalty",
+        source="arXiv 2309.06805; EricLoong/feddip",
+    )  # fmt: skip
 
     penalty_max: float = 1e-3
     penalty_steps: int = 20

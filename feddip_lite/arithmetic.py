@@ -1,0 +1,36 @@
+"""Forward and backward of one batch: what `local_update` asks of a model, and who computes it fastest here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Autograd:
+    """The readable way, for every module.
+
+    Args:
+        module: its parameters' gradients are views of `gradient` (n,).
+        precision: "bf16" runs forward and backward under autocast; anything else in the parameters' own dtype.
+    """
+
+    def __init__(self, module: nn.Module, gradient: Tensor, precision: str = "float32"):
+        self.module, self.gradient, self.precision = module, gradient, precision
+
+    def loss_and_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy, a scalar; its gradient at the module's weights overwrites `gradient`."""
+        self.gradient.zero_()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = F.cross_entropy(self.module(images), labels)
+        loss.backward()
+        return loss.detach()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The module's output, in its present mode."""
+        return self.module(images)
+
+
+def fastest_arithmetic(model, precision: str) -> Autograd:
+    """What computes `model`'s loss and gradient fastest on its device."""
+    return Autograd(model.module, model.gradient, precision)
