@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .layout import FlatModel
+    from .lenet import BlockLeNet5
 
 
 class Autograd:
@@ -31,6 +37,10 @@ class Autograd:
         return self.module(images)
 
 
-def fastest_arithmetic(model, precision: str) -> Autograd:
-    """What computes `model`'s loss and gradient fastest on its device."""
+def fastest_arithmetic(model: FlatModel, size: int, precision: str) -> Autograd | BlockLeNet5:
+    """What computes the loss and gradient of `model` fastest where it lives, for images of `size` pixels a side."""
+    from .lenet import BlockLeNet5
+
+    if precision == "float32" and BlockLeNet5.fits(model, size):
+        return BlockLeNet5(model)
     return Autograd(model.module, model.gradient, precision)

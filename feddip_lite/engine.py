@@ -24,7 +24,7 @@ from .models import INPUT_SHAPES, build_model
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
 from .seeds import derive, numpy_generator
 from .server import Clients, RoundRecord, ServerState, evaluate_state, initial_state, run_round
-from .workers import Workers, num_workers
+from .workers import Workers, keep_freed_memory, num_workers
 
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
 
@@ -93,6 +93,7 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     """
     config = config.resolved()
     device = _device(config)
+    keep_freed_memory()
     data = load_dataset(config.dataset)
     if config.model in INPUT_SHAPES:
         data = fit_images(data, *INPUT_SHAPES[config.model])
@@ -110,7 +111,7 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     count = num_workers(config.workers, config.clients_per_round, device)
     models = [FlatModel(build(), layout, device) for _ in range(count)]
     for model in models:
-        model.arithmetic = fastest_arithmetic(model, config.precision)
+        model.arithmetic = fastest_arithmetic(model, size, config.precision)
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
     return state, Clients(data.to(device), train, test, Workers(models), split.sha256), method

@@ -6,7 +6,9 @@ thread is set alike in every worker.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -14,6 +16,8 @@ from queue import SimpleQueue
 import torch
 
 from .layout import FlatModel
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Workers:
@@ -53,3 +57,17 @@ def num_workers(setting: str | int, clients_per_round: int, device: torch.device
     if setting == "auto":
         setting = 1 if device.type == "cuda" else 2 * (os.cpu_count() or 1) + 1
     return max(1, min(int(setting), clients_per_round))
+
+
+def keep_freed_memory() -> None:
+    """Tell malloc to keep what is freed instead of handing it back to the system; does nothing where it is not glibc.
+
+    A training step frees and allocates the same few large tensors again and again. By default glibc maps them anew
+    each time, and faulting their pages in takes longer than the arithmetic (benchmarks/NOTES.md).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 4096)
