@@ -11,7 +11,7 @@ from dataclasses import fields
 from . import doctor
 from .checks import refuse_unknown
 from .config import Config
-from .engine import OutOfTime, execute, run
+from .engine import OutOfTime, execute, progress_bar, run
 from .profiles import load_profile
 from .results import read_run
 from .server import ClientFailure
@@ -98,15 +98,22 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
     limit = float("inf") if given.time_limit is None else _positive("--time-limit", given.time_limit, float)
     deadline = time.monotonic() + limit
     configs = load_profile(given.profile)
-    for number, config in enumerate(configs, 1):
-        try:
-            if time.monotonic() > deadline and read_run(given.results, config.run_id) is None:
-                raise OutOfTime(f"{config.run_id}: not started")
-            history = execute(config, given.results, every, not given.quiet, deadline)
-        except OutOfTime as stop:
-            print(f"time limit reached; {len(configs) - number + 1} of {len(configs)} runs left. {stop}", flush=True)
-            return 0
-        print(f"[{number}/{len(configs)}] {config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}", flush=True)
+    stored = [read_run(given.results, config.run_id) is not None for config in configs]
+    done = sum(config.rounds for config, is_there in zip(configs, stored, strict=True) if is_there)
+    total = sum(config.rounds for config in configs)
+    with progress_bar(total, f"{sum(stored)}/{len(configs)} runs", initial=done, show=not given.quiet) as bar:
+        for number, (config, is_there) in enumerate(zip(configs, stored, strict=True), 1):
+            bar.set_description_str(f"run {number}/{len(configs)} {config.run_id}")
+            try:
+                if time.monotonic() > deadline and not is_there:
+                    raise OutOfTime(f"{config.run_id}: not started")
+                history = execute(config, given.results, every, bar, deadline)
+            except OutOfTime as stop:
+                left = len(configs) - number + 1
+                bar.write(f"time limit reached; {left} of {len(configs)} runs left. {stop}", file=sys.stdout)
+                return 0
+            accuracy = history["accuracy"].iloc[-1]
+            bar.write(f"[{number}/{len(configs)}] {config.run_id}: accuracy {accuracy:.4f}", file=sys.stdout)
     return 0
 
 

@@ -14,10 +14,11 @@ from .checks import nearest
 from .datafiles import KEYS, read_arrays
 from .partition import Split, partition_dirichlet, partition_iid, partition_pathological
 
-__all__ = ["DATASETS", "Dataset", "Split", "augment", "fit_images", "load_dataset", "normalise"]
+__all__ = ["DATASETS", "Dataset", "Split", "augment", "crop", "draw_crops", "fit_images", "load_dataset", "normalise"]
 __all__ += ["partition_dirichlet", "partition_iid", "partition_pathological"]
 
 PAD = 4  # pixels around a CIFAR image before the random crop
+OFFSETS = 2 * PAD + 1
 
 # The fields of Dataset that follow from the name. Fashion-MNIST and digits are only divided by their maximum.
 _DIVIDED_ONLY = {"mean": (0.0,), "std": (1.0,), "augmentation": None}
@@ -172,20 +173,25 @@ def augment(images: torch.Tensor, padding: str | None, generator: torch.Generato
 
     Source: the FedDIP authors' transforms (RandomCrop(32, padding=4), RandomHorizontalFlip).
     """
-    if padding is None:
-        return images
+    return images if padding is None else crop(images, padding, draw_crops((len(images),), generator).to(images.device))
+
+
+def draw_crops(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """int64 of `shape` in [0, 162): row offset, column offset (9 each) and flip of a crop in one number, so that a
+    whole round's draws cost one transfer to another device."""
+    return torch.randint(OFFSETS * OFFSETS * 2, shape, generator=generator, device=generator.device)
+
+
+def crop(images: torch.Tensor, padding: str, draw: torch.Tensor) -> torch.Tensor:
+    """`augment` with the crops that `draw` (b,) of `draw_crops` says."""
     batch, channels, height, width = images.shape
     if padding not in ("zeros", "reflect") or (padding == "reflect" and min(height, width) <= PAD):
         raise ValueError(
             f'padding must be "zeros", "reflect" (images of {PAD + 1} pixels or more) or None, got {padding!r} for '
             f"images of {height}x{width}"
         )
-    # One draw holds all three choices, so that a generator on another device costs one transfer.
-    offsets = 2 * PAD + 1
-    draw = torch.randint(offsets * offsets * 2, (batch,), generator=generator, device=generator.device)
-    draw = draw.to(images.device)
-    rows, rows_inside = _source_pixels(draw // (2 * offsets), height, padding)
-    columns, columns_inside = _source_pixels(draw // 2 % offsets, width, padding, flip=draw % 2 == 1)
+    rows, rows_inside = _source_pixels(draw // (2 * OFFSETS), height, padding)
+    columns, columns_inside = _source_pixels(draw // 2 % OFFSETS, width, padding, flip=draw % 2 == 1)
     pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, height * width)
     out = images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
     if padding == "zeros":

@@ -1,4 +1,4 @@
-"""From a configuration to a recorded history: `prepare` sets a federation up, `run` takes it through all its rounds."""
+"""From a configuration to a recorded history: `run` takes a federation through all its rounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +14,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .arithmetic import fastest_arithmetic
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
-from .data import Dataset, Split, fit_images, load_dataset, partition_dirichlet, partition_iid, partition_pathological
-from .layout import FlatModel, Layout
-from .methods import Method, build_method
-from .models import INPUT_SHAPES, build_model
+from .federation import prepare
+from .methods import Method
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
-from .seeds import derive, numpy_generator
-from .server import Clients, RoundRecord, ServerState, evaluate_state, initial_state, run_round
-from .workers import Workers, keep_freed_memory, num_workers
+from .server import Clients, RoundRecord, evaluate_state, run_round
 
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
 
@@ -56,12 +51,12 @@ def execute(
     config: Config,
     results_dir: str | Path | None,
     checkpoint_every: int | None,
-    progress: bool,
+    progress: bool | tqdm,
     deadline: float = math.inf,
 ) -> pd.DataFrame:
     """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint.
 
-    At least one round is done, so that repeated calls come to an end.
+    At least one round is done, so that repeated calls come to an end. `progress` may be the bar of a whole sweep.
     """
     config = config.resolved()
     if results_dir is None:
@@ -84,67 +79,19 @@ def execute(
         return read_run(folder, config.run_id)[0]
 
 
-def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
-    """What `run_round` needs: the state before round 0, the clients with their data, and the method.
-
-    Raises:
-        ValueError: the data is damaged, or cannot be dealt as the configuration says, or there is no such device.
-        FileNotFoundError: the data is not here and cannot be downloaded; says what to do.
-    """
-    config = config.resolved()
-    device = _device(config)
-    keep_freed_memory()
-    data = load_dataset(config.dataset)
-    if config.model in INPUT_SHAPES:
-        data = fit_images(data, *INPUT_SHAPES[config.model])
-    split = split_of(data, config)
-    channels, size = data.train_images.shape[1:3]
-
-    def build():
-        seed = derive(config.seed, "initial weights")
-        return build_model(
-            config.model, classes=data.classes, width=config.width, channels=channels, size=size, seed=seed
-        )
-
-    layout = Layout.of(build())
-    method = build_method(config, layout)
-    count = num_workers(config.workers, config.clients_per_round, device)
-    models = [FlatModel(build(), layout, device) for _ in range(count)]
-    for model in models:
-        model.arithmetic = fastest_arithmetic(model, size, config.precision)
-    state = initial_state(method, models[0])
-    train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
-    return state, Clients(data.to(device), train, test, Workers(models), split.sha256), method
-
-
-def split_of(data: Dataset, config: Config) -> Split:
-    """The clients' shards of train and test set under the configuration's partition; a function of its seed."""
-    labels = data.train_labels.numpy(), data.test_labels.numpy()
-    draw = numpy_generator(config.seed, "partition")
-    if config.partition == "pathological":
-        return partition_pathological(*labels, config.clients, draw, config.classes_per_client)
-    if config.partition == "dirichlet":
-        return partition_dirichlet(*labels, config.clients, draw, config.alpha)
-    return partition_iid(*labels, config.clients, draw)
-
-
 def _train(
     progress: Progress,
     clients: Clients,
     method: Method,
     config: Config,
-    show: bool,
+    show: bool | tqdm,
     path: Path | None = None,
     checkpoint_every: int | None = None,
     deadline: float = math.inf,
 ) -> Progress:
     """All remaining rounds, checkpointed at `path` if given."""
     saved = row_start = time.monotonic()
-    bar = tqdm(
-        initial=progress.state.round, total=config.rounds, desc=config.run_id, unit="round", disable=not show,
-        mininterval=2, ascii=True, file=sys.stderr,
-    )  # fmt: skip
-    with bar, _arithmetic(config):
+    with _bar_of(show, progress, config) as bar, running(config):
         try:
             while progress.state.round < config.rounds:
                 remembering = replace(clients, memories=progress.memories)
@@ -171,6 +118,23 @@ def _train(
         finally:
             clients.workers.close()
     return progress
+
+
+def progress_bar(total: int, title: str, *, initial: int = 0, show: bool = True) -> tqdm:
+    """One line on stderr: rounds done of `total`, rounds per second, time left."""
+    return tqdm(
+        initial=initial, total=total, desc=title, unit="round", disable=not show, mininterval=2, ascii=True,
+        file=sys.stderr,
+    )  # fmt: skip
+
+
+def _bar_of(show: bool | tqdm, progress: Progress, config: Config):
+    """A bar for this run alone, or the given one, moved on by the rounds that a checkpoint already holds."""
+    done = progress.state.round
+    if isinstance(show, bool):
+        return progress_bar(config.rounds, config.run_id, initial=done, show=show)
+    show.initial, show.n = show.initial + done, show.n + done
+    return nullcontext(show)
 
 
 def _account(progress: Progress, record: RoundRecord) -> None:
@@ -205,21 +169,12 @@ def _facts(clients: Clients, config: Config, progress: Progress) -> dict:
     }
 
 
-def _device(config: Config) -> torch.device:
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = torch.cuda.device_count()
-    if name.startswith("cuda") and (torch.device(name).index or 0) >= gpus:
-        raise ValueError(f"device: {name!r} is not valid; expected cpu, auto or cuda:N, N below the {gpus} GPUs here")
-    if config.precision == "tf32" and name == "cpu":
-        raise ValueError("precision: 'tf32' is not valid on a CPU; expected float32 or bf16")
-    return torch.device(name)
-
-
 @contextmanager
-def _arithmetic(config: Config) -> Iterator[None]:
-    """One intra-op thread here too, deterministic convolutions, and TF32 only if asked for; restored on leaving."""
+def running(config: Config) -> Iterator[None]:
+    """What rounds run under: one intra-op thread here too, deterministic convolutions, TF32 only if asked for.
+
+    All is as it was on leaving.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = torch.get_num_threads(), matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
     torch.set_num_threads(1)

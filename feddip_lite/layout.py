@@ -7,6 +7,8 @@ that a masked model is one multiplication and an SGD step two vector operations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 
@@ -14,16 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from .arithmetic import Autograd
+from .memo import once_per_tensor
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One named tensor: `shape`, and its place `[start, stop)` in the flat vector."""
+    """One named tensor: `shape`, and its place `[start, stop)` in the flat vector.
+
+    `uses` is how often each of its weights is multiplied per sample: a convolution's output positions, 1 for a linear
+    layer, and 1 wherever the size of the images was not given. So a weight costs 2 * `uses` FLOPs forward.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    uses: int = 1
 
     def of(self, vector: Tensor) -> Tensor:
         """The view of `vector` ((n,), any dtype) that is this tensor, in its own shape."""
@@ -43,11 +51,14 @@ class Layout:
     buffer_slots: tuple[Slot, ...]
 
     @classmethod
-    def of(cls, module: nn.Module, *, include_shortcut: bool = False) -> Layout:
+    def of(
+        cls, module: nn.Module, *, image_shape: tuple[int, ...] | None = None, include_shortcut: bool = False
+    ) -> Layout:
         """The layout of `module`.
 
         Prunable are the weights of convolutions and linear layers; not biases, not BatchNorm, and not the 1x1
-        shortcut convolutions of ResNet unless `include_shortcut` (docs/deviations.md D19).
+        shortcut convolutions of ResNet unless `include_shortcut` (docs/deviations.md D19). With the `image_shape`
+        (channels, height, width) of its input, slots know how often their weights are used.
         """
         prunable, dense = [], []
         for path, layer in module.named_modules():
@@ -56,7 +67,8 @@ class Layout:
                 kept_dense = "shortcut" in path and not include_shortcut
                 (prunable if is_weight and not kept_dense else dense).append((name, tuple(parameter.shape)))
         buffers = [(name, tuple(b.shape)) for name, b in module.named_buffers() if b.is_floating_point()]
-        return cls(_place(prunable + dense), len(prunable), _place(buffers))
+        uses = uses_per_sample(module, image_shape) if image_shape else {}
+        return cls(_place(prunable + dense, uses), len(prunable), _place(buffers, {}))
 
     @property
     def size(self) -> int:
@@ -91,7 +103,7 @@ class Layout:
         """
         if mask is None:
             return weights
-        return torch.cat([weights[: self.prunable][mask], weights[self.prunable :]])
+        return torch.cat([weights.index_select(0, kept_indices(mask)), weights[self.prunable :]])
 
     def unpack(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """The inverse of `pack`: a new (n,) vector, 0 where pruned. n values are a dense vector, whatever the mask.
@@ -102,20 +114,30 @@ class Layout:
         if values.shape == (self.size,):
             return values.clone()
         unprunable = self.size - self.prunable
-        kept = self.prunable if mask is None else int(mask.sum())
+        kept = self.prunable if mask is None else len(kept_indices(mask))
         if values.shape != (kept + unprunable,):
             raise ValueError(f"values: {values.numel()} of them; expected {kept + unprunable} or all {self.size}")
         weights = values.new_zeros(self.size)
-        weights[: self.prunable][mask] = values[:kept]
+        weights.index_copy_(0, kept_indices(mask), values[:kept])
         weights[self.prunable :] = values[kept:]
         return weights
+
+
+def _go_on() -> None:
+    """Nobody else is waiting."""
+
+
+@once_per_tensor
+def kept_indices(mask: Tensor) -> Tensor:
+    """The coordinates that `mask` (P,) bool keeps: int64 (kept,), ascending."""
+    return mask.nonzero().view(-1)
 
 
 class FlatModel:
     """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
 
     Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`;
-    `arithmetic` computes loss and gradient at `weights`.
+    `arithmetic` computes loss and gradient at `weights`; `pause` is called where a job may let others go first.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
@@ -136,6 +158,7 @@ class FlatModel:
             owner, _, name = slot.name.rpartition(".")
             setattr(module.get_submodule(owner), name, slot.of(self.buffers))
         self.arithmetic = Autograd(self.module, self.gradient)
+        self.pause = _go_on
 
     def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
         """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""
@@ -149,9 +172,30 @@ class FlatModel:
             self.buffers.copy_(buffers)
 
 
-def _place(tensors: list[tuple[str, tuple[int, ...]]]) -> tuple[Slot, ...]:
+def uses_per_sample(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
+    """How often each weight of every convolution and linear layer is multiplied for one image, by tensor name.
+
+    Found by a forward pass of one black image through a copy; `module` stays as it is. (PyTorch's "meta" device would
+    need no storage, but seconds of imports.)
+    """
+    uses: dict[str, int] = {}
+    copy = deepcopy(module).eval()
+    for path, layer in copy.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            name = f"{path}.weight" if path else "weight"
+
+            def count(layer, inputs, output, name=name):
+                uses[name] = uses.get(name, 0) + output.numel() // layer.weight.shape[0]
+
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        copy(torch.zeros(1, *image_shape))
+    return uses
+
+
+def _place(tensors: list[tuple[str, tuple[int, ...]]], uses: Mapping[str, int]) -> tuple[Slot, ...]:
     slots, start = [], 0
     for name, shape in tensors:
-        slots.append(Slot(name, shape, start, start + prod(shape)))
+        slots.append(Slot(name, shape, start, start + prod(shape), uses.get(name, 1)))
         start += prod(shape)
     return tuple(slots)

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .memo import once_per_tensor
+
 if TYPE_CHECKING:
     from .layout import Layout
 
@@ -33,6 +35,7 @@ _EXTRA = struct.Struct("<BI")  # after the name: dtype code, count
 _CRC = struct.Struct("<I")
 _HAS_VALUES, _HAS_MASK = 1, 2
 _BITMAP, _GAPS = 0, 1
+_WORTH_SEARCHING = 2**20  # bytes of bitmap or gaps; a second of search for the masks of AlexNet would gain nothing
 _MAX_EXTRAS, _MAX_NAME, _MAX_COUNT = 32, 32, 2**32 - 1
 # The position of a dtype here is its code on the wire: append, never reorder.
 _DTYPE_NAMES = ("float32", "float64", "int32", "int64", "uint8", "bool")
@@ -178,6 +181,7 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().numpy().astype(_DTYPES[tensor.dtype], copy=False).tobytes()
 
 
+@once_per_tensor
 def _code_of(mask: Tensor) -> bytes:
     return _mask_code(np.packbits(mask.detach().cpu().numpy()).tobytes(), mask.numel())
 
@@ -189,12 +193,15 @@ def _mask_code(packed_bits: bytes, length: int) -> bytes:
     """Returns a kind byte and the smallest deflate stream of bitmap or gaps.
 
     On scattered masks deflate's search for repeats costs more bits than it saves, and Huffman coding alone comes to
-    1 % above the entropy at 5 % density; on masks with structure the search wins. So both are tried on both.
+    1 % above the entropy at 5 % density; on masks with structure the search wins. So both are tried on both, but the
+    search, which is slow, only where there is little to search.
     """
     mask = np.unpackbits(np.frombuffer(packed_bits, np.uint8), count=length).view(np.bool_)
-    contents = {_BITMAP: packed_bits, _GAPS: _gap_bytes(mask)}.items()
-    strategies = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY)
-    return min((bytes([kind]) + _deflate(content, s) for kind, content in contents for s in strategies), key=len)
+    codes = []
+    for kind, content in {_BITMAP: packed_bits, _GAPS: _gap_bytes(mask)}.items():
+        strategies = (zlib.Z_HUFFMAN_ONLY, *([zlib.Z_DEFAULT_STRATEGY] * (len(content) <= _WORTH_SEARCHING)))
+        codes += [bytes([kind]) + _deflate(content, strategy) for strategy in strategies]
+    return min(codes, key=len)
 
 
 def _deflate(content: bytes, strategy: int) -> bytes:

@@ -10,17 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .operators import Linear
+
 INPUT_SHAPES = {"alexnet": (3, 32), "resnet18": (3, 32)}
 """(channels, size) that a model insists on; the others take the data set's own."""
 
 
 class Dropout(nn.Module):
-    """Dropout that draws from `generator`, never from the global one, so that a run is a function of its seed."""
+    """Dropout that draws from its own `generator`, so that a run is a function of its seed; moves with the module."""
 
     def __init__(self, p: float = 0.5):
         super().__init__()
         self.p = p
-        self.generator: torch.Generator | None = None
+        self.generator = torch.Generator()
+
+    def _apply(self, function, recurse: bool = True):
+        device = function(torch.empty(0)).device  # `Module.to`, `cuda`, ... all end here
+        if device != self.generator.device and device.type != "meta":
+            self.generator = torch.Generator(device)
+        return super()._apply(function, recurse)
+
+    def __deepcopy__(self, memo):
+        twin = type(self)(self.p)  # generators cannot be copied
+        return twin.to(self.generator.device).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -32,24 +44,34 @@ class Dropout(nn.Module):
 class LeNet5(nn.Module):
     """conv 6 5x5 (pad 2), pool, conv 16 5x5, pool, fc 120-84-classes; ReLU."""
 
+    stages = (("conv1",), ("conv2",))
+
     def __init__(self, classes: int, width: float, channels: int, size: int):
         super().__init__()
         c1, c2, f1, f2 = (_scaled(k, width) for k in (6, 16, 120, 84))
         self.conv1 = nn.Conv2d(channels, c1, 5, padding=2)
         self.conv2 = nn.Conv2d(c1, c2, 5)
-        self.fc1 = nn.Linear(c2 * ((size // 2 - 4) // 2) ** 2, f1)
-        self.fc2 = nn.Linear(f1, f2)
-        self.fc3 = nn.Linear(f2, classes)
+        self.fc1 = Linear(c2 * ((size // 2 - 4) // 2) ** 2, f1)
+        self.fc2 = Linear(f1, f2)
+        self.fc3 = Linear(f2, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, depth: int = 2) -> Tensor:
         # Pooling before ReLU is the same function as after it, on a quarter of the values.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2)).flatten(1)
+        return F.relu(F.max_pool2d(self.conv2(x), 2)) if depth > 1 else x
+
+    def vector(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.vector(self.features(x))
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
 class AlexNet(nn.Module):
     """Five 3x3 convolutions (the first with stride 2), three pools, 2x2 average pool, dropout, fc 4096-4096-classes."""
+
+    stages = (("conv1",), ("conv2",), ("conv3",), ("conv4",), ("conv5",))
 
     def __init__(self, classes: int, width: float, channels: int, size: int):
         super().__init__()
@@ -59,17 +81,22 @@ class AlexNet(nn.Module):
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)
         self.conv4 = nn.Conv2d(c3, c4, 3, padding=1)
         self.conv5 = nn.Conv2d(c4, c5, 3, padding=1)
-        self.fc1 = nn.Linear(c5 * 4, f)
-        self.fc2 = nn.Linear(f, f)
-        self.fc3 = nn.Linear(f, classes)
+        self.fc1 = Linear(c5 * 4, f)
+        self.fc2 = Linear(f, f)
+        self.fc3 = Linear(f, classes)
         self.dropout1, self.dropout2 = Dropout(), Dropout()
 
+    def features(self, x: Tensor, depth: int = 5) -> Tensor:
+        for stage in range(1, depth + 1):
+            x = getattr(self, f"conv{stage}")(x)
+            x = F.relu(F.max_pool2d(x, 2) if stage in (1, 2, 5) else x)
+        return x
+
+    def vector(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, 2).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        x = F.relu(self.conv4(F.relu(self.conv3(x))))
-        x = F.relu(F.max_pool2d(self.conv5(x), 2))
-        x = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        x = self.vector(self.features(x))
         x = F.relu(self.fc1(self.dropout1(x)))
         return self.fc3(F.relu(self.fc2(self.dropout2(x))))
 
@@ -95,6 +122,8 @@ class _Block(nn.Module):
 class ResNet18(nn.Module):
     """CIFAR form: 3x3 stem with stride 1 and no pool, blocks 2-2-2-2 of widths 64 .. 512, head `linear`."""
 
+    stages = (("conv1", "bn1"), *((f"blocks.{2 * k}", f"blocks.{2 * k + 1}") for k in range(4)))
+
     def __init__(self, classes: int, width: float, channels: int, size: int):
         super().__init__()
         widths = [_scaled(k, width) for k in (64, 128, 256, 512)]
@@ -105,11 +134,41 @@ class ResNet18(nn.Module):
             blocks += [_Block(inputs, outputs, 1 if stage == 0 else 2), _Block(outputs, outputs, 1)]
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(inputs, classes)
+        self.linear = Linear(inputs, classes)
+
+    def features(self, x: Tensor, depth: int = 5) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for block in list(self.blocks)[: 2 * (depth - 1)]:
+            x = block(x)
+        return x
+
+    def vector(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.bn1(self.conv1(x))))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return self.linear(self.vector(self.features(x)))
+
+
+class Prefix(nn.Module):
+    """The first `depth` stages of a model, `trunk`, and a linear layer on their features in place of the rest, `head`.
+
+    Where a model may be cut it says itself: `stages` names the layers of each of its stages, `features(x, depth)` runs
+    the first of them, and `vector(features)` is what linear layers take. A model without `stages` is never cut.
+    """
+
+    def __init__(self, trunk: nn.Module, depth: int, classes: int, image_shape: tuple[int, int, int]):
+        super().__init__()
+        kept = tuple(f"{layer}." for stage in trunk.stages[:depth] for layer in stage)
+        for path, layer in list(trunk.named_modules()):
+            if list(layer.parameters(recurse=False)) and not f"{path}.".startswith(kept):
+                owner, _, name = path.rpartition(".")
+                delattr(trunk.get_submodule(owner), name)
+        self.trunk, self.depth = trunk, depth
+        features = trunk.eval().vector(trunk.features(torch.zeros(1, *image_shape), depth))
+        self.head = nn.Linear(features.shape[1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk.vector(self.trunk.features(x, self.depth)))
 
 
 MODELS = {"lenet5": LeNet5, "alexnet": AlexNet, "resnet18": ResNet18}
@@ -128,6 +187,29 @@ def build_model(name: str, *, classes: int, width: float = 1.0, channels: int, s
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return MODELS[name](classes, width, channels, size)
+
+
+def num_stages(name: str) -> int:
+    """After how many stages the model can be cut; 0 = it cannot."""
+    return len(getattr(MODELS[name], "stages", ()))
+
+
+def empty_model(
+    name: str,
+    depth: int | None = None,
+    *,
+    classes: int,
+    width: float,
+    channels: int,
+    size: int,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A model without values, whole or its `Prefix` of `depth` stages. Draws nothing, so any thread may call it."""
+    with torch.device("meta"):
+        module = MODELS[name](classes, width, channels, size)
+        if depth is not None:
+            module = Prefix(module, depth, classes, (channels, size, size))
+    return module.to_empty(device=device)
 
 
 def _scaled(count: int, width: float) -> int:

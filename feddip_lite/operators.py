@@ -7,7 +7,7 @@ float32 on CPUs only; where it is missing, the ordinary one is used.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -20,6 +20,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
     y = F.linear(x, weight, bias)
     return y.relu_() if activation == "relu" else y
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by oneDNN where it helps. Bound to a flat gradient, it writes its own gradients there instead of
+    adding to them, which spares a vector as long as its weight; elsewhere it is differentiable like any other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return linear(x, self.weight, self.bias)
+        if stores_gradients(self):
+            return _StoringLinear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def stores_gradients(layer: nn.Module) -> bool:
+    """Whether the layer's backward overwrites its gradients: a `Linear` on a CPU with gradients to write to."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return isinstance(layer, Linear) and layer.weight.grad is not None and layer.weight.is_cpu and not autocast
+
+
+class _StoringLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x)
+        ctx.parameters = weight, bias
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        weight, bias = ctx.parameters
+        below = linear_gradients_(g.contiguous(), *ctx.saved_tensors, weight, weight.grad, bias.grad)
+        return below, None, None
 
 
 def linear_gradients_(g: Tensor, x: Tensor, weight: Tensor, weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def sparsity_at(t: int, initial: float, final: float, rounds: int) -> float:
     """Cubic sparsity s_t = final + (initial - final) * (1 - t/rounds)^3.
@@ -10,6 +12,14 @@ def sparsity_at(t: int, initial: float, final: float, rounds: int) -> float:
     gives `initial`. Source: published FedDIP code `fl_server.py`, `client.py:train_model` (docs/deviations.md D24).
     """
     return final + (initial - final) * (1 - t / rounds) ** 3
+
+
+def cosine_at(t: int, peak: float, end: float) -> float:
+    """Cosine annealing peak/2 * (1 + cos(pi t / end)): `peak` in round 0, 0 from round `end` > 0 on.
+
+    Source: the share of weights replaced in a mask update of FedDST and FedTiny.
+    """
+    return peak / 2 * (1 + math.cos(math.pi * t / end)) if t < end else 0.0
 
 
 def penalty_at(t: int, peak: float, steps: int, rounds: int) -> float:

@@ -189,7 +189,8 @@ def pruning_error(prunable: Tensor, mask: Tensor) -> float:
 def initial_state(method: Method, model: FlatModel) -> ServerState:
     """The state before round 0, from the model's initial weights and the method's first mask."""
     mask, memory = method.start()
-    return ServerState(0, model.weights.clone(), model.buffers.clone(), mask.to(model.weights.device), memory)
+    mask = mask.to(model.weights.device)
+    return method.begin(ServerState(0, model.weights.clone(), model.buffers.clone(), mask, memory))
 
 
 def evaluate_state(state: ServerState, clients: Clients) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,11 +83,44 @@ def topk_mask(scores: Tensor, keep: int) -> Tensor:
         raise ValueError(f"scores: {int(scores.isnan().sum())} of {len(scores)} are NaN")
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(len(scores) - keep + 1).values
+    threshold = _kth_smallest(scores, len(scores) - keep)
     mask = scores > threshold
     ties = (scores == threshold).nonzero().squeeze(1)
     mask[ties[: keep - int(mask.sum())]] = True
     return mask
+
+
+def _kth_smallest(scores: Tensor, k: int) -> Tensor:
+    """The value at place k (from 0) of the sorted scores; on a CPU numpy finds it ten times faster than torch."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k + 1).values
+    return torch.from_numpy(np.partition(scores.numpy(), k))[k]
+
+
+def nested_mask(mask: Tensor, scores: Tensor, keep: int) -> Tensor:
+    """The mask of the `keep` largest scores among those that `mask` keeps; all of these where they are fewer.
+
+    Args:
+        mask: (P,) bool; `scores`: (P,) >= 0.
+    """
+    return topk_mask(scores.masked_fill(~mask, -1), keep) & mask
+
+
+def tie_broken(first: Tensor, second: Tensor) -> Tensor:
+    """Scores (P,) float64 that order by the integers `first`, and equal ones by the numbers `second` >= 0."""
+    second = second.double()
+    return first.double() + second / (2 * second.max()).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def layerwise_mask(layout: Layout, scores: Tensor, keep: Sequence[int]) -> Tensor:
+    """The mask (P,) of the `keep[l]` largest scores (P,) of each prunable tensor l: exactly that many in each."""
+    slots = zip(layout.prunable_slots, keep, strict=True)
+    return torch.cat([topk_mask(scores[slot.start : slot.stop], count) for slot, count in slots])
+
+
+def kept_per_layer(layout: Layout, mask: Tensor) -> list[int]:
+    """How many weights of each prunable tensor `mask` (P,) keeps."""
+    return torch.stack([mask[slot.start : slot.stop].sum() for slot in layout.prunable_slots]).tolist()
 
 
 def num_kept(sparsity: float, size: int) -> int:

@@ -15,10 +15,13 @@ from torch import nn
 
 from feddip_lite import Config
 from feddip_lite.data import Dataset
-from feddip_lite.engine import OutOfTime, execute, prepare
+from feddip_lite.engine import OutOfTime, execute
+from feddip_lite.federation import prepare
 from feddip_lite.layout import FlatModel, Layout
+from feddip_lite.local import local_update
 from feddip_lite.message import Message
 from feddip_lite.methods import METHODS
+from feddip_lite.methods.base import Method
 from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.results import ROOT
 from feddip_lite.server import ServerState, run_round
@@ -36,6 +39,9 @@ TINY = {
     "device": "cpu",
 }
 """A run of 0.3 s: 240 digits per client, 8 local steps."""
+
+LEARNING = {"width": 0.5, "clients": 3, "local_epochs": 4, "batch_size": 16, "rounds": 8, "lr": 0.2, "eval_every": 8}
+"""With these, FedAvg learns the digits: accuracy above 0.9 in three seconds."""
 
 FAST = {"clients": 60, "clients_per_round": 2}
 """With these, 24 digits per client and one local step."""
@@ -93,6 +99,22 @@ def reply_of(values: torch.Tensor, samples: int, buffers: torch.Tensor | None = 
     """A client's reply as methods make it."""
     extras = {"samples": torch.tensor([samples]), "loss": torch.tensor([1.0], dtype=torch.float64)}
     return Message(values, None, extras if buffers is None else {**extras, "buffers": buffers})
+
+
+def started(method: Method, mask: torch.Tensor, t: int = 0) -> ServerState:
+    """A state of random weights on `mask` before round t, with the server memory that `method` starts with."""
+    return method.begin(replace(state_of(method.layout, mask, t=t), memory=method.start()[1]))
+
+
+def answers(method: Method, state: ServerState, samples=(6, 2, 5, 11), **changes) -> dict[int, Message]:
+    """What clients of so many samples reply to `state`, through the method's own hooks and `local_update`."""
+    model, config = FlatModel(tiny_module(), method.layout), tiny_config(batch_size=4, **changes)
+    replies, data = {}, tiny_data(max(samples))
+    for client, count in enumerate(samples):
+        plan = method.plan(method.offer(state, state.round, client), {}, state.round)
+        result = local_update(model, plan, data, torch.arange(count), config, state.round, client)
+        replies[client], _ = method.reply(result, {}, state.round)
+    return replies
 
 
 @dataclass(frozen=True)

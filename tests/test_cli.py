@@ -10,12 +10,13 @@ from conftest import FAST, environment, flags, names, read_outputs, tiny_config
 
 from feddip_lite.__main__ import main
 from feddip_lite.config import FIELDS
+from feddip_lite.methods import METHODS
 from feddip_lite.results import COLUMNS, read_run
 
 LARGE = "1" + "0" * 400  # an integer that no float can hold
 
 WRONG = [
-    (["--method=fedvag"], "method: 'fedvag'", "fedavg, fedprox, feddp, feddip (did you mean fedavg?)"),
+    (["--method=fedvag"], "method: 'fedvag'", ", ".join(METHODS) + " (did you mean fedavg?)"),
     (["--method=7"], "method: 7", "one of fedavg"),
     (["--method=null"], "method: None", "one of fedavg"),
     (["--dataset=mnist"], "dataset: 'mnist'", "one of digits, fashionmnist, cifar10, cifar100"),

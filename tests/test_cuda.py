@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from feddip_lite.config import Config
-from feddip_lite.engine import prepare
+from feddip_lite.federation import prepare
 from feddip_lite.server import evaluate_state, run_round
 
 pytestmark = [

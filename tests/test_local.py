@@ -239,6 +239,19 @@ def test_a_second_plan_goes_on_from_the_first_ones_result_with_draws_of_its_own(
     assert not torch.equal(both.weights, alone.weights)  # another order of samples
 
 
+def test_a_chain_of_plans_tells_what_each_of_them_left(model, layout):
+    masks = [random_bools(layout.prunable, seed=seed) for seed in range(3)]
+    plans = [plan_of(layout, mask, mode="score", epochs=1) for mask in masks]
+    alone = [update(model, plan) for plan in plans]
+    assert alone[0].parts == ()
+    last = replace(plans[1], then=lambda result: plans[2])
+    chain = update(model, replace(plans[0], then=lambda result: last))
+    assert [part.mask for part in chain.parts] == masks
+    assert [float(part.loss) for part in chain.parts] == pytest.approx([float(one.loss) for one in alone])
+    assert len(chain.losses) == sum(len(part.losses) for part in chain.parts)
+    assert chain.loss == chain.parts[0].loss
+
+
 def test_a_plans_own_model_is_trained_instead_of_the_workers(model, layout):
     linear = linear_model()
     plan = LocalPlan(0.1 * random_vector(148))

@@ -96,6 +96,45 @@ def test_every_message_comes_back_bit_for_bit_and_is_as_long_as_announced():
         assert encode(back) == data
 
 
+def message_of_a_method(rng, layout):
+    """What one or another method sends: packed or dense weights, a mask alone, and the extras they agree on."""
+    size, prunable = layout.size, layout.prunable
+    mask = random_mask(rng, prunable, rng.choice([0.0, 0.05, 0.5, 1.0]))
+    kept = int(rng.integers(prunable + 1))
+    dropped = random_tensor(rng, torch.bool, 10)
+    packed = random_tensor(rng, torch.float32, int(mask.sum()) + size - prunable)
+    largest = {
+        "indices": torch.from_numpy(rng.permutation(prunable)[:kept].astype(np.int32)),
+        "gradients": random_tensor(rng, torch.float32, kept),
+    }
+    forms = [
+        Message(packed, mask),
+        Message(packed, None, {"buffers": random_tensor(rng, torch.float32, layout.buffer_size)}),
+        Message(None, mask),
+        Message(None, None, {"scores": random_tensor(rng, torch.float32, prunable)}),
+        Message(packed, mask, {"squared_gradients": random_tensor(rng, torch.float32, prunable)}),
+        Message(packed, None, largest),
+        Message(random_tensor(rng, torch.float32, size * int((~dropped).sum()) // 10), None, {"dropped": dropped}),
+        Message(random_tensor(rng, torch.float32, size), None, {"mask_seed": random_tensor(rng, torch.int64, 1)}),
+    ]
+    message = forms[rng.integers(len(forms))]
+    account = {"samples": torch.from_numpy(rng.integers(1, 10_000, 1)), "loss": random_tensor(rng, torch.float64, 1)}
+    return Message(message.values, message.mask, {**message.extras, **account})
+
+
+def test_everything_that_methods_send_comes_back_bit_for_bit_and_is_as_long_as_announced():
+    rng, layout = np.random.default_rng(10), layout_of(size=700, prunable=600, buffer_size=40)
+    seen = set()
+    for _ in range(1200):
+        message = message_of_a_method(rng, layout)
+        data = encode(message)
+        assert len(data) == num_bytes(message)
+        assert parts_of(decode(data, layout)) == parts_of(message)
+        seen |= {*message.extras, None if message.mask is None else message.mask.double().mean().item()}
+    extras = {"buffers", "scores", "squared_gradients", "indices", "gradients", "dropped", "mask_seed"}
+    assert seen > {*extras, None, 0.0, 1.0}  # masks of density 0 and 1 among them
+
+
 @pytest.mark.parametrize("density", DENSITIES)
 def test_a_million_weights_come_back_at_every_density(density):
     rng = np.random.default_rng(1)
@@ -348,4 +387,4 @@ def test_the_module_needs_only_numpy_torch_and_the_standard_library():
     tree = ast.parse(Path(codec.__file__).read_text(encoding="utf-8"))
     needed = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
     needed |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in needed} <= {"numpy", "torch", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in needed} <= {"memo", "numpy", "torch", *sys.stdlib_module_names}

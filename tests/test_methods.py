@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from conftest import random_bools, random_vector, reply_of, state_of, tiny_config
+from conftest import answers, random_bools, random_vector, reply_of, started, state_of, tiny_config
 
 from feddip_lite.local import LocalResult
 from feddip_lite.message import num_bytes
@@ -14,15 +14,6 @@ from feddip_lite.methods.base import Method, mean_buffers
 from feddip_lite.methods.fedavg import FedAvg, FedProx
 
 VARIANTS = [(name, preset) for name, method in METHODS.items() for preset in method.presets]
-
-
-def replies_of(layout, samples=(30, 10, 7, 55), seed=100):
-    return {
-        client: reply_of(
-            random_vector(layout.size, seed + client), count, random_vector(layout.buffer_size, seed + client)
-        )
-        for client, count in enumerate(samples)
-    }
 
 
 @pytest.fixture
@@ -53,26 +44,31 @@ def test_merge_sums_in_float64(fedavg, layout):
     assert torch.equal(fedavg.merge(state_of(layout), replies, 0).weights, torch.full((layout.size,), 0.5))
 
 
+@pytest.mark.parametrize("t", [0, 1])
 @pytest.mark.parametrize(("name", "preset"), VARIANTS)
-def test_merge_is_equal_for_every_order_of_replies(layout, name, preset):
+def test_merge_is_equal_for_every_order_of_replies(layout, name, preset, t):
     method = build_method(tiny_config(method=name, preset=preset).resolved(), layout)
-    state = state_of(layout, random_bools(layout.prunable))
-    replies = replies_of(layout)
-    first = method.merge(state, replies, 0)
+    state = started(method, random_bools(layout.prunable), t)
+    replies = answers(method, state)
+    first = method.merge(state, replies, t)
     for order in permutations(replies):
-        new = method.merge(state, {client: replies[client] for client in order}, 0)
+        new = method.merge(state, {client: replies[client] for client in order}, t)
         assert torch.equal(new.weights, first.weights)
         assert torch.equal(new.mask, first.mask)
         assert torch.equal(new.buffers, first.buffers)
 
 
+@pytest.mark.parametrize("t", [0, 1])
 @pytest.mark.parametrize(("name", "preset"), VARIANTS)
-def test_merge_leaves_state_and_replies_unchanged(layout, name, preset):
+def test_merge_leaves_state_and_replies_unchanged(layout, name, preset, t):
     method = build_method(tiny_config(method=name, preset=preset).resolved(), layout)
-    state, replies = state_of(layout, random_bools(layout.prunable)), replies_of(layout)
-    given = [state.weights, state.mask, state.buffers, *(reply.values for reply in replies.values())]
+    state = started(method, random_bools(layout.prunable), t)
+    replies = answers(method, state)
+    given = [state.weights, state.mask, state.buffers, *state.memory.values()]
+    for reply in replies.values():
+        given += [part for part in (reply.values, reply.mask, *reply.extras.values()) if part is not None]
     before = [tensor.clone() for tensor in given]
-    method.merge(state, replies, 0)
+    method.merge(state, replies, t)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
@@ -95,11 +91,17 @@ def test_dense_offer_carries_no_mask_and_a_sparse_one_only_what_its_mask_keeps(f
 @pytest.mark.parametrize(("name", "preset"), VARIANTS)
 def test_client_starts_from_the_sparse_model_of_the_server(layout, name, preset):
     method = build_method(tiny_config(method=name, preset=preset).resolved(), layout)
-    state = replace(state_of(layout, random_bools(layout.prunable)), buffers=torch.arange(6.0))
+    state = replace(started(method, random_bools(layout.prunable), 1), buffers=torch.arange(6.0))
     plan = method.plan(method.offer(state, 1, 4), {}, 1)
-    assert torch.equal(plan.weights, layout.masked(state.weights, state.mask))
-    assert torch.equal(plan.mask, state.mask)
+    sparse = layout.masked(state.weights, state.mask)
     assert torch.equal(plan.buffers, state.buffers)
+    if plan.mask is None:  # a client that prunes what it gets, and then trains densely
+        kept = plan.weights != 0
+        assert torch.equal(plan.weights, sparse * kept)
+        assert 0 < int(kept.sum()) < int((sparse != 0).sum())
+    else:
+        assert torch.equal(plan.weights, sparse)
+        assert torch.equal(plan.mask, state.mask)
 
 
 def test_default_reply_is_packed_by_the_mask_that_the_server_knows(layout):
@@ -193,7 +195,7 @@ def test_fedprox_pulls_clients_towards_the_global_weights(train):
 def test_a_preset_sets_only_hyper_parameters_that_the_method_has(name, preset):
     own = {item.name for item in fields(METHODS[name])}
     assert set(METHODS[name].presets[preset]) <= own
-    assert set(settings_of(name, preset)) == own - {"layout", "rounds", "seed"}
+    assert set(settings_of(name, preset)) == own - {item.name for item in fields(Method)}
 
 
 @pytest.mark.parametrize(("name", "preset"), VARIANTS)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from feddip_lite.config import Config
-from feddip_lite.engine import prepare
+from feddip_lite.federation import prepare
 from feddip_lite.local import local_update
 from feddip_lite.models import MODELS, build_model
 from feddip_lite.seeds import derive, torch_generator

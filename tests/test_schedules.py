@@ -2,7 +2,7 @@
 
 import pytest
 
-from feddip_lite.schedules import lr_at, penalty_at, published_penalty_at, sparsity_at
+from feddip_lite.schedules import cosine_at, lr_at, penalty_at, published_penalty_at, sparsity_at
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 1000])
@@ -79,6 +79,15 @@ def test_published_penalty_gives_the_remainder_of_the_rounds_to_its_last_segment
     values = [published_penalty_at(t, 1e-3, 20, 50) for t in range(50)]  # segments of 2 rounds, 10 left over
     lengths = [values.count(level) for level in sorted(set(values))]
     assert lengths == [2] * 19 + [12]
+
+
+@pytest.mark.parametrize("end", [0.5, 1, 10, 37.5])
+def test_cosine_starts_at_its_peak_falls_to_half_midway_and_is_0_from_its_end_on(end):
+    assert cosine_at(0, 0.4, end) == 0.4
+    values = [cosine_at(t, 0.4, end) for t in range(60)]
+    assert values == sorted(values, reverse=True)
+    assert all((value > 0) == (t < end) for t, value in enumerate(values))
+    assert cosine_at(5, 0.4, 10) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("t", "value"), [(0, 0.1), (250, 0.0606), (500, 0.0368), (750, 0.0223), (999, 0.0135)])

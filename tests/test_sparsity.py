@@ -4,14 +4,25 @@ from math import prod
 
 import pytest
 import torch
-from conftest import random_vector
+from conftest import random_bools, random_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from feddip_lite.layout import Layout
 from feddip_lite.models import build_model
-from feddip_lite.sparsity import density, erk_densities, jaccard, num_kept, random_mask, topk_mask
+from feddip_lite.sparsity import (
+    density,
+    erk_densities,
+    jaccard,
+    kept_per_layer,
+    layerwise_mask,
+    nested_mask,
+    num_kept,
+    random_mask,
+    tie_broken,
+    topk_mask,
+)
 
 LENET = [(6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)]
 SHAPES = st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6)
@@ -165,3 +176,35 @@ def test_jaccard_is_intersection_over_union():
     assert jaccard(a, a) == 1.0
     assert jaccard(a, ~a) == 0.0
     assert jaccard(a & ~a, b & ~b) == 1.0
+
+
+@given(keep=st.integers(0, 60), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_nested_mask_keeps_the_largest_scores_of_those_that_were_kept(keep, seed):
+    mask, scores = random_bools(60, 0.5, seed), random_vector(60, seed).abs()
+    scores[::7] = 0  # a score of zero still comes before what is pruned
+    new = nested_mask(mask, scores, keep)
+    assert int(new.sum()) == min(keep, int(mask.sum()))
+    assert not bool((new & ~mask).any())
+    if bool((mask & ~new).any()) and bool(new.any()):
+        assert scores[new].min() >= scores[mask & ~new].max()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_tie_broken_orders_by_the_first_and_equal_ones_by_the_second(scale):
+    first = torch.tensor([2, 0, 2, 1, 0, 1])
+    second = scale * torch.tensor([0.1, 0.9, 0.3, 1.0, 0.2, 0.0])
+    order = tie_broken(first, second).argsort(stable=True).tolist()
+    pairs = list(zip(first.tolist(), second.tolist(), strict=True))
+    assert order == sorted(range(6), key=lambda i: pairs[i])
+
+
+@pytest.mark.parametrize("keep", [[0, 0, 0], [1, 2, 3], [5, 0, 7], [5, 9, 7]])
+def test_layerwise_mask_keeps_the_largest_scores_of_each_layer_exactly_as_many_as_asked(keep):
+    layout = Layout.of(nn.Sequential(*(nn.Linear(size, 1) for size in (5, 9, 7))))
+    scores = random_vector(21)
+    mask = layerwise_mask(layout, scores, keep)
+    assert kept_per_layer(layout, mask) == keep
+    for slot, count in zip(layout.prunable_slots, keep, strict=True):
+        own = scores[slot.start : slot.stop]
+        assert torch.equal(mask[slot.start : slot.stop], topk_mask(own, count))

@@ -8,14 +8,40 @@ from typing import TYPE_CHECKING
 
 from ..checks import accepted, refuse_unknown
 from ..layout import Layout
-from .base import Method
+from .base import Context, Method
 from .fedavg import FedAvg, FedProx
 from .feddip import FedDIP, FedDP
+from .feddst import FedDST
+from .fedlp import FedLP
+from .fedmap import FedMap
+from .fedsparsify import FedSparsifyGlobal, FedSparsifyLocal
+from .fedtiny import FedTiny
+from .fedx import FedX
+from .mpfl import MPFL
+from .prunefl import PruneFL
+from .prunetrain import PruneTrain
+from .snip import SNIP
 
 if TYPE_CHECKING:
     from ..config import Config
 
-METHODS: dict[str, type[Method]] = {"fedavg": FedAvg, "fedprox": FedProx, "feddp": FedDP, "feddip": FedDIP}
+METHODS: dict[str, type[Method]] = {
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "feddp": FedDP,
+    "feddip": FedDIP,
+    "feddst": FedDST,
+    "prunefl": PruneFL,
+    "snip": SNIP,
+    "prunetrain": PruneTrain,
+    "fedsparsify_global": FedSparsifyGlobal,
+    "fedsparsify_local": FedSparsifyLocal,
+    "mpfl": MPFL,
+    "fedmap": FedMap,
+    "fedlp": FedLP,
+    "fedx": FedX,
+    "fedtiny": FedTiny,
+}
 
 
 def settings_of(name: str, preset: str) -> dict[str, object]:
@@ -33,12 +59,16 @@ def settings_of(name: str, preset: str) -> dict[str, object]:
     return own | dict(method.presets[preset])
 
 
-def build_method(config: Config, layout: Layout) -> Method:
-    """The method of a resolved configuration on this layout."""
+def build_method(config: Config, layout: Layout, context: Context | None = None) -> Method:
+    """The method of a resolved configuration on this layout.
+
+    Raises:
+        ValueError: the method's settings do not fit each other, or not this model.
+    """
     method = METHODS[config.method]
     own = settings_of(config.method, config.preset)
     values = {name: config.method_options.get(name, getattr(config, name, None)) for name in own}
-    return method(layout=layout, rounds=config.rounds, seed=config.seed, **values)
+    return method(layout=layout, rounds=config.rounds, seed=config.seed, context=context, **values)
 
 
 def resolved_options(name: str, preset: str, options: Mapping[str, object], shared: set[str]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`Method`: five hooks with a plain default, masked SGD on a fixed mask and the weighted mean.
+"""`Method`: six hooks with a plain default, masked SGD on a fixed mask and the weighted mean.
 
 A method is a frozen dataclass: its fields are its hyper-parameters, its hooks are pure functions. Fields that
 `Config` has too (target_sparsity, mask_interval, ...) get their value from there; the others are its
@@ -7,14 +7,14 @@ A method is a frozen dataclass: its fields are its hyper-parameters, its hooks a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import FlatModel, Layout
 from ..local import LocalPlan, LocalResult
 from ..message import Message
 
@@ -51,6 +51,24 @@ class About:
     assumed: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a few methods need of the run around them, beyond its layout.
+
+    Attributes:
+        scratch: `scratch()` is a new model on the run's device, `scratch(depth)` its first stages with a head of
+            their own (`models.Prefix`); what they hold is arbitrary until loaded. Any thread may call it.
+        depths: after how many stages the run's model can be cut; 0 = it cannot.
+        images, labels: the reference samples that a method with the option `reference_per_class` has the server
+            keep, in no client's shard: (k, C, H, W) float32, normalised, ordered by class, and (k,) int64.
+    """
+
+    scratch: Callable[..., FlatModel]
+    depths: int
+    images: Tensor
+    labels: Tensor
+
+
 @dataclass(frozen=True)
 class Method:
     """The default of every hook.
@@ -58,11 +76,13 @@ class Method:
     Attributes:
         layout: of the model; all flat vectors refer to it.
         rounds, seed: of the run; every draw a method makes is addressed by (seed, purpose, round, client).
+        context: for methods that need more of the run.
     """
 
     layout: Layout
     rounds: int
     seed: int
+    context: Context | None = field(default=None, repr=False)
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
     about: ClassVar[About]
@@ -74,6 +94,10 @@ class Method:
     def start(self) -> tuple[Tensor, Memory]:
         """(mask (P,) bool on the CPU, server memory) before round 0. Default: dense, no memory."""
         return torch.ones(self.layout.prunable, dtype=torch.bool), {}
+
+    def begin(self, state: ServerState) -> ServerState:
+        """`state` before round 0, for methods whose first mask looks at the initial weights. Default: unchanged."""
+        return state
 
     def offer(self, state: ServerState, t: int, client: int) -> Message:
         """What goes down to `client` in round t. Default: the sparse model with its mask; a dense one without."""
@@ -98,18 +122,25 @@ class Method:
     def mean_weights(self, state: ServerState, replies: Replies) -> Tensor:
         """sum_n rho_n w_n over the replies, rho_n = samples_n / sum of samples: float32 (n,), summed in float64.
 
-        Clients are taken in order of their ids, so the order of arrival never changes a bit.
+        Each is packed by the mask that came with it, else by the server's; what a client's own mask prunes counts as
+        0. Clients are taken in order of their ids, so the order of arrival never changes a bit.
         """
-        vectors = (self.layout.unpack(replies[client].values, state.mask) for client in sorted(replies))
+        ordered = (replies[client] for client in sorted(replies))
+        vectors = (self.layout.unpack(r.values, state.mask if r.mask is None else r.mask) for r in ordered)
         return weighted_mean(vectors, replies)
 
 
 def message_of(result: LocalResult, values: Tensor | None) -> Message:
-    """A reply of `values` with what every reply carries: number of samples, loss and BatchNorm statistics."""
-    extras = {"samples": torch.tensor([result.samples]), "loss": result.loss.view(1)}
+    """A reply of `values` with what every reply carries, and the BatchNorm statistics."""
+    extras = account_of(result)
     if len(result.buffers):
         extras["buffers"] = result.buffers
     return Message(values, None, extras)
+
+
+def account_of(result: LocalResult) -> dict[str, Tensor]:
+    """What every reply carries, weights or not: number of samples and loss."""
+    return {"samples": torch.tensor([result.samples]), "loss": result.loss.view(1)}
 
 
 def samples_of(replies: Replies) -> dict[int, int]:
@@ -129,6 +160,6 @@ def weighted_mean(vectors, replies: Replies) -> Tensor:
     samples = samples_of(replies)
     total, mean = sum(samples.values()), None
     for vector, count in zip(vectors, samples.values(), strict=True):
-        term = vector.double().mul_(count / total)
+        term = vector.to(torch.float64, copy=True).mul_(count / total)
         mean = term if mean is None else mean.add_(term)
     return mean.float()

@@ -1,0 +1,129 @@
+"""Seconds per round of four ways to run it (contenders.py), side by side on this machine: `make bench`.
+
+Each contender is a process of its own, so that none profits from another's settings; they take turns, round by round,
+while the others wait. The engine keeps freed memory, which is a setting of the process: the floor is measured with
+PyTorch's default and, as `d+`, with that setting.
+
+    python benchmarks/engine.py [--device cuda] [--cases lenet5,alexnet,...] [--repeats N] [--write]
+
+`--write` records benchmarks/engine_<device>.json, from which the README's table is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import feddip_lite.federation
+from feddip_lite.config import Config
+from feddip_lite.results import provenance
+
+sys.path.insert(0, str(Path(__file__).parent))
+from contenders import CONTENDERS
+
+HERE = Path(__file__).parent
+FEDDIP = {"method": "feddip", "rounds": 200, "precision": "float32"}
+CASES = {
+    "lenet5": ({"dataset": "fashionmnist", "model": "lenet5"}, 9),
+    "alexnet 0.25": ({"dataset": "cifar10", "model": "alexnet", "width": 0.25}, 3),
+    "alexnet": ({"dataset": "cifar10", "model": "alexnet", "local_epochs": 1}, 3),
+    "resnet18 0.25": ({"dataset": "cifar100", "model": "resnet18", "width": 0.25, "local_epochs": 1}, 3),
+    "resnet18": ({"dataset": "cifar100", "model": "resnet18", "local_epochs": 1}, 3),
+}
+"""Name: (settings, repetitions). Large models run one local epoch instead of five, which is said where they are shown."""
+NEEDS_GPU = {"resnet18"}
+
+
+def contender(name: str, config: Config, pipe) -> None:
+    """A process: a round for every line read, answered by (seconds of training, of evaluation, peak MB)."""
+    if name in "abd":
+        feddip_lite.federation.keep_freed_memory = lambda: None
+    it = CONTENDERS[name[0]](config)
+    cuda = config.device.startswith("cuda")
+
+    def seconds(job) -> float:
+        start = time.perf_counter()
+        job()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    while pipe.recv():
+        times = seconds(it.train), seconds(it.evaluate)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else _peak_megabytes()
+        pipe.send((*times, peak))
+
+
+def _peak_megabytes() -> float:
+    """Of this process and the largest of its own (a's DataLoader workers), in MiB."""
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+
+
+def measure(config: Config, names: list[str], repeats: int) -> dict[str, dict]:
+    """{contender: training, evaluation, total seconds [each round], peak MB}, taking turns; one round before counts not."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, rows = {}, [], {name: [] for name in names}
+    for name in names:
+        pipes[name], end = context.Pipe()
+        processes.append(context.Process(target=contender, args=(name, config, end), daemon=name != "a"))
+        processes[-1].start()
+    for repeat in range(repeats + 1):
+        for name in names:
+            pipes[name].send(True)
+            row = pipes[name].recv()
+            if repeat:
+                rows[name].append(row)
+            print(f"  {name:3s} round {repeat}: train {row[0]:7.3f} s, evaluate {row[1]:6.3f} s", flush=True)
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
+    return {name: _summary(rows[name]) for name in names}
+
+
+def _summary(rows: list[tuple]) -> dict:
+    train, evaluate, peak = zip(*rows, strict=True)
+    total = [a + b for a, b in zip(train, evaluate, strict=True)]
+
+    def spread(values):
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    return {"train_s": spread(train), "evaluate_s": spread(evaluate), "total_s": spread(total), "peak_mb": max(peak)}
+
+
+def main() -> None:
+    """Measure the cases asked for and print, or record, the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
+    parser.add_argument("--contenders", default="a,b,c,d,d+")
+    parser.add_argument("--repeats", type=int, help="counted rounds of each contender")
+    parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bf16"])
+    parser.add_argument("--write", action="store_true", help="record benchmarks/engine_<device>.json")
+    given = parser.parse_args()
+    table = {}
+    for name in given.cases.split(","):
+        if name in NEEDS_GPU and given.device == "cpu" and given.cases == parser.get_default("cases"):
+            continue
+        settings, repeats = CASES[name]
+        config = Config(**{**FEDDIP, **settings, "device": given.device, "precision": given.precision})
+        print(f"{name}: {config.local_epochs} local epochs, {config.precision}", flush=True)
+        table[name] = measure(config, given.contenders.split(","), given.repeats or repeats)
+        table[name]["settings"] = settings
+    facts = provenance(torch.device(given.device), torch.get_num_threads(), precision=given.precision)
+    text = json.dumps({"table": table, "provenance": facts}, indent=1)
+    print(text)
+    if given.write:
+        (HERE / f"engine_{given.device}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

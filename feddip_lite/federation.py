@@ -1,0 +1,117 @@
+"""`prepare`: from a configuration to a federation that can run: data dealt to clients, models for the workers, the method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .arithmetic import Autograd, fastest_arithmetic
+from .config import Config
+from .data import (
+    Dataset,
+    Split,
+    fit_images,
+    load_dataset,
+    normalise,
+    partition_dirichlet,
+    partition_iid,
+    partition_pathological,
+)
+from .layout import FlatModel, Layout
+from .methods import Method, build_method
+from .methods.base import Context
+from .models import INPUT_SHAPES, build_model, empty_model, num_stages
+from .seeds import derive, numpy_generator
+from .server import Clients, ServerState, initial_state
+from .workers import Workers, keep_freed_memory, num_workers
+
+
+def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
+    """What `run_round` needs: the state before round 0, the clients with their data, and the method.
+
+    Raises:
+        ValueError: the data is damaged, or cannot be dealt as the configuration says, or there is no such device.
+        FileNotFoundError: the data is not here and cannot be downloaded; says what to do.
+    """
+    config = config.resolved()
+    device = _device(config)
+    keep_freed_memory()
+    data = load_dataset(config.dataset)
+    if config.model in INPUT_SHAPES:
+        data = fit_images(data, *INPUT_SHAPES[config.model])
+    split = split_of(data, config)
+    channels, size = data.train_images.shape[1:3]
+    shape = {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
+
+    def build():
+        return build_model(config.model, **shape, seed=derive(config.seed, "initial weights"))
+
+    def scratch(depth=None):  # lives for one job at most, too short to be worth a faster arithmetic
+        module = empty_model(config.model, depth, **shape, device=device)
+        model = FlatModel(module, layout if depth is None else Layout.of(module), device)
+        model.arithmetic = Autograd(module, model.gradient, config.precision)
+        return model
+
+    layout = Layout.of(build(), image_shape=(channels, size, size))
+    reference = torch.from_numpy(reference_of(data, config))
+    images = normalise(data.train_images[reference], data).to(device)
+    context = Context(scratch, num_stages(config.model), images, data.train_labels[reference].to(device))
+    method = build_method(config, layout, context)
+    count, slots = num_workers(config.workers, config.clients_per_round, device)
+    models = [FlatModel(build(), layout, device) for _ in range(count)]
+    for model in models:
+        model.arithmetic = fastest_arithmetic(model, size, config.precision)
+    state = initial_state(method, models[0])
+    train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
+    return state, Clients(data.to(device), train, test, Workers(models, slots), split.sha256), method
+
+
+def split_of(data: Dataset, config: Config) -> Split:
+    """The clients' shards of train and test set under the configuration's partition; a function of its seed.
+
+    What the server keeps for itself (`reference_of`) is taken out of the training set before it is split.
+    """
+    left = np.setdiff1d(np.arange(len(data.train_labels)), reference_of(data, config))
+    labels = data.train_labels.numpy()[left], data.test_labels.numpy()
+    draw = numpy_generator(config.seed, "partition")
+    if config.partition == "pathological":
+        split = partition_pathological(*labels, config.clients, draw, config.classes_per_client)
+    elif config.partition == "dirichlet":
+        split = partition_dirichlet(*labels, config.clients, draw, config.alpha)
+    else:
+        split = partition_iid(*labels, config.clients, draw)
+    return replace(split, train=tuple(left[shard] for shard in split.train))
+
+
+def reference_of(data: Dataset, config: Config) -> np.ndarray:
+    """The training samples that the server keeps: `reference_per_class` of each class, for methods with that option.
+
+    Returns:
+        int64 indices, class after class, a function of the seed; empty for all other methods.
+
+    Raises:
+        ValueError: a class has no sample left for the clients.
+    """
+    count = config.resolved().method_options.get("reference_per_class", 0)
+    if not count:
+        return np.empty(0, np.int64)
+    draw, labels = numpy_generator(config.seed, "reference"), data.train_labels.numpy()
+    fewest = np.bincount(labels, minlength=data.classes).min()
+    if count >= fewest:
+        raise ValueError(f"reference_per_class: {count} is not valid; expected an integer in [1, {fewest - 1}]")
+    kept = [draw.permutation(np.flatnonzero(labels == label))[:count] for label in range(data.classes)]
+    return np.concatenate(kept)
+
+
+def _device(config: Config) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= gpus:
+        raise ValueError(f"device: {name!r} is not valid; expected cpu, auto or cuda:N, N below the {gpus} GPUs here")
+    if config.precision == "tf32" and name == "cpu":
+        raise ValueError("precision: 'tf32' is not valid on a CPU; expected float32 or bf16")
+    return torch.device(name)

@@ -1,0 +1,193 @@
+"""FedLP: layers are dropped at random on their way up, or small clients hold only the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..checks import integer, one_of, real, setting
+from ..layout import Layout, Slot
+from ..local import LocalPlan, LocalResult
+from ..message import Message
+from ..seeds import numpy_generator, torch_generator
+from .base import About, Memory, Method, Replies, message_of
+
+PREFERRED = 0.6  # share of the clients that have the preferred complexity (published code: models_complexity.py)
+
+
+@dataclass(frozen=True)
+class FedLP(Method):
+    """Federated layer pruning: nothing is sparse, what is saved are tensors that do not travel.
+
+    `homo`: every client trains the whole model, and each tensor of its reply, BatchNorm statistics included, goes up
+    with probability `keep_probability`; the reply says which were `dropped`.
+
+    `hetero`: a client of complexity c holds the model's first c stages and a linear head of its own, which stays in
+    its memory; one of the highest complexity holds the whole model. Only what is shared travels, both ways. LeNet-5
+    has complexities 1 to 3: after conv1, after conv2, whole.
+
+    Either way the server takes the unweighted mean of the copies that came of each tensor, and keeps the old one
+    where none came. Accuracy is that of the whole global model, as for every method, though under `hetero` few train
+    its last layers.
+
+    Deviations: stages are those of the models here, a private head is a single layer, and heads of one complexity
+    start alike; optimiser and data as for every method.
+    Source: Zhuzzq/FedLP `main_fed_cplx.py`, `main_fed_hetero.py`, `models/Fed.py`, `models_complexity.py`.
+    """
+
+    about = About(
+        "FedLP", "dense to dense", "-", "-", False, "dense; hetero: first stages and an own head",
+        "tensors drawn; hetero: first stages", "dense w; hetero: first stages", "Zhuzzq/FedLP",
+    )  # fmt: skip
+
+    variant: str = setting("homo", one_of("homo", "hetero"), "tensors dropped at random, or clients of unlike size")
+    keep_probability: float = setting(
+        0.5, real("[0, 1]"), "homo: that a tensor goes up (published results: 0.1 to 0.7; code: `up_droprate`)"
+    )
+    preference: int = setting(0, integer(0), "hetero: complexity of 60 % of the clients; 0 = all equally likely")
+
+    def __post_init__(self):
+        if self.variant == "homo":
+            return
+        depths = self.context.depths if self.context else 0
+        if not depths:
+            raise ValueError("variant: 'hetero' is not valid with a model that names no stages to cut it after")
+        if self.preference > depths + 1:
+            raise ValueError(
+                f"preference: {self.preference} is not valid with this model; expected an integer in [0, {depths + 1}]"
+            )
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of the models of complexity 1, 2, ... below the whole."""
+        depths = self.context.depths if self.variant == "hetero" else 0
+        return tuple(self.context.scratch(depth).layout for depth in range(1, depths + 1))
+
+    @cached_property
+    def tensors(self) -> tuple[Slot, ...]:
+        """What can travel: weights, then BatchNorm statistics."""
+        return self.layout.slots + self.layout.buffer_slots
+
+    @cached_property
+    def parts(self) -> tuple[list[bool], ...]:
+        """For each complexity, the whole at last: which of `tensors` its clients share."""
+        names = [{slot.name for slot in own.slots + own.buffer_slots} for own in self.layouts]
+        cut = [[f"trunk.{slot.name}" in own for slot in self.tensors] for own in names]
+        return *cut, [True] * len(self.tensors)
+
+    def complexity(self, client: int) -> int:
+        """1, 2, ...; the highest is the whole model. A property of the client, drawn once and for all."""
+        count = len(self.parts)
+        others = (1 - PREFERRED) / (count - 1)
+        share = [PREFERRED if c + 1 == self.preference else others for c in range(count)] if self.preference else None
+        return 1 + int(numpy_generator(self.seed, "complexity", client).choice(count, p=share))
+
+    def gathered(self, weights: Tensor, buffers: Tensor, kept: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """(values, statistics) of those of `tensors` that are `kept`."""
+        count = len(self.layout.slots)
+        values = gather(weights, self.layout.slots, kept[:count])
+        return values, gather(buffers, self.layout.buffer_slots, kept[count:])
+
+    def offer(self, state, t: int, client: int) -> Message:
+        if self.variant == "homo":
+            return super().offer(state, t, client)
+        kept = self.parts[self.complexity(client) - 1]
+        values, buffers = self.gathered(state.weights, state.buffers, kept)
+        return Message(values, None, {"buffers": buffers} if len(buffers) else {})
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        if self.variant == "homo":
+            return super().plan(offer, memory, t)
+        complexity = 1 + self.parts.index(self.part_of(offer))
+        if complexity == len(self.parts):
+            return super().plan(offer, memory, t)
+        model = self.context.scratch(complexity)
+        slots, heads = model.layout.slots, heads_of(model.layout)
+        head = memory["head"] if memory else self.first_head(complexity).to(offer.values.device)
+        weights = torch.empty_like(model.weights)
+        scatter_(weights, offer.values, slots, [not own for own in heads])
+        scatter_(weights, head, slots, heads)
+        return LocalPlan(weights, None, offer.extras.get("buffers"), model=model)
+
+    def first_head(self, complexity: int) -> Tensor:
+        """A new head's weight and bias, one after the other, uniform in +-1/sqrt(features): PyTorch's default."""
+        weight, bias = (slot.shape for slot in self.layouts[complexity - 1].slots if slot.name.startswith("head."))
+        draw = torch.rand(prod(weight) + prod(bias), generator=torch_generator(self.seed, "head", complexity))
+        return (2 * draw - 1) / weight[1] ** 0.5
+
+    def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
+        if self.variant == "homo":
+            return self.thinned(result, t), memory
+        complexity = self.complexity(result.client)
+        if complexity == len(self.parts):
+            return message_of(result, result.weights), memory
+        slots = self.layouts[complexity - 1].slots
+        heads = heads_of(self.layouts[complexity - 1])
+        shared = gather(result.weights, slots, [not own for own in heads])
+        return message_of(result, shared), {"head": gather(result.weights, slots, heads)}
+
+    def thinned(self, result: LocalResult, t: int) -> Message:
+        """The reply of the whole model without the tensors drawn to be dropped."""
+        draw = torch.rand(len(self.tensors), generator=torch_generator(self.seed, "drop", t, result.client))
+        dropped = draw >= self.keep_probability
+        values, buffers = self.gathered(result.weights, result.buffers, (~dropped).tolist())
+        message = message_of(replace(result, buffers=buffers), values)
+        return replace(message, extras={**message.extras, "dropped": dropped}) if dropped.any() else message
+
+    def part_of(self, message: Message) -> list[bool]:
+        """Which of `tensors` a message holds: all that were not dropped, or the part that has its number of values."""
+        if "dropped" in message.extras:
+            return (~message.extras["dropped"]).tolist()
+        sizes = [sum(slot.stop - slot.start for slot in chosen(self.layout.slots, kept)) for kept in self.parts]
+        return self.parts[sizes.index(len(message.values))]
+
+    def merge(self, state, replies: Replies, t: int):
+        ordered = [(replies[client], self.part_of(replies[client])) for client in sorted(replies)]
+        count = len(self.layout.slots)
+        copies = [(reply.values, kept[:count]) for reply, kept in ordered]
+        none = state.buffers[:0]
+        statistics = [(reply.extras.get("buffers", none), kept[count:]) for reply, kept in ordered]
+        weights = mean_of_copies(state.weights, copies, self.layout.slots)
+        buffers = mean_of_copies(state.buffers, statistics, self.layout.buffer_slots)
+        return replace(state, round=t + 1, weights=weights, buffers=buffers)
+
+
+def heads_of(layout: Layout) -> list[bool]:
+    """Which slots of a cut model's layout are its head's."""
+    return [slot.name.startswith("head.") for slot in layout.slots]
+
+
+def chosen(slots: Sequence[Slot], kept: Iterable[bool]) -> list[Slot]:
+    """Those of `slots` that are `kept`; flags beyond the last slot are of no interest."""
+    return [slot for slot, keep in zip(slots, kept, strict=False) if keep]
+
+
+def gather(vector: Tensor, slots: Sequence[Slot], kept: Iterable[bool]) -> Tensor:
+    """The kept tensors of a flat vector, one after the other."""
+    return torch.cat([vector[:0], *(vector[slot.start : slot.stop] for slot in chosen(slots, kept))])
+
+
+def scatter_(vector: Tensor, values: Tensor, slots: Sequence[Slot], kept: Iterable[bool]) -> None:
+    """The inverse of `gather`: write `values` to the kept tensors' places in `vector`."""
+    places = chosen(slots, kept)
+    parts = values.split([slot.stop - slot.start for slot in places])
+    for slot, part in zip(places, parts, strict=True):
+        vector[slot.start : slot.stop] = part
+
+
+def mean_of_copies(old: Tensor, copies: Sequence[tuple[Tensor, Sequence[bool]]], slots: Sequence[Slot]) -> Tensor:
+    """For each tensor the plain mean of the copies (values, kept) that hold it, in float64; where none does, `old`."""
+    total, new = torch.zeros_like(old, dtype=torch.float64), old.clone()
+    for values, kept in copies:
+        vector = torch.zeros_like(old)
+        scatter_(vector, values, slots, kept)
+        total += vector
+    for slot, kept in zip(slots, zip(*(kept for _, kept in copies), strict=True), strict=True):
+        if any(kept):
+            new[slot.start : slot.stop] = total[slot.start : slot.stop] / sum(kept)
+    return new

@@ -1,0 +1,142 @@
+"""PruneFL: keep the weights that promise the largest decrease of the loss per second of round time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checks import one_of, real, setting
+from ..local import LocalPlan, LocalResult
+from ..message import Message
+from ..schedules import sparsity_at
+from ..sparsity import kept_per_layer, layerwise_mask, num_kept
+from .base import About, Memory, Method, Replies, mean_buffers, weighted_mean
+
+
+@dataclass(frozen=True)
+class PruneFL(Method):
+    """PruneFL (Jiang et al. 2022): every `mask_interval` rounds, round 0 included, the set M of kept weights is chosen
+    anew so that (sum over M of g_j^2) / (c + sum over M of t_j) is as large as possible, g_j the gradient at the
+    masked weights and t_j the time that weight j costs a round. Published code jiangyuang/PruneFL
+    `control/algorithm.py`, `bases/fl/simulation/adaptive.py`.
+
+    Clients send the mean of g_j^2 over their local steps, all P of them. To choose from are the pruned weights and the
+    smallest share of the kept ones in each layer; the rest stays. They enter by g_j^2 / t_j while that exceeds the
+    ratio reached so far. The number kept is bounded from above by a density that falls linearly (the published
+    options `max_density`, `target_density`) and from below by the target density, so that both meet at the end. The
+    server adds the mean increment to its dense weights: what was pruned comes back with the value it had.
+
+    Preset `repo` is the variant of FedDIP's authors (`prunefl.py`, `functions_new.py:prunefl_reconfig`): g_j^2 of one
+    batch after training, not divided by time, any weight may go, at least as many kept as the cubic schedule says,
+    and the plain mean.
+
+    Deviations: times are computed, not measured, or no run could be repeated. The initial pruning is that of round 0,
+    by its ordinary cohort (published: many steps at one client, which is privileged). Squared gradients are those of
+    the one round that chooses. What stays without question is a share of what the ceiling lets through, since
+    otherwise a falling ceiling would leave no room for a choice.
+    """
+
+    about = About(
+        "PruneFL", "dense to sparse", "squared gradient per time", "global", True, "masked SGD",
+        "sparse, with squared gradients when a mask is chosen", "sparse and mask",
+        "Jiang et al., TNNLS 2022; jiangyuang/PruneFL",
+    )  # fmt: skip
+
+    initial_sparsity: float = 0.5
+    target_sparsity: float = 0.9
+    mask_interval: int = 50
+    rule: str = setting("paper", one_of("paper", "repo"), "how gradients decide, and how weights are averaged")
+    candidates: float = setting(
+        0.3, real("[0, 1]"), "share of each layer's kept weights that may be pruned in round 0 (published: 0.3)"
+    )
+    halvings: float = setting(
+        1.0, real("[0, inf)"), "how often that share is halved by the end (published: once in 10 000 of 10 001 rounds)"
+    )
+    ceiling_until: float = setting(
+        0.75, real("[0, 1]"), "share of the rounds after which the ceiling is the target (published: all)"
+    )
+    seconds_per_flop: float = setting(
+        6e-8, real("[0, inf)"), "round time per FLOP of one sample (assumed: 100 samples, three passes, 5 GFLOP/s)"
+    )
+    seconds_per_weight: float = setting(
+        5.56e-6, real("[0, inf)"), "round time of sending one weight (published: 5.56e-6)"
+    )
+    seconds_fixed: float = setting(1.0, real("[0, inf)"), "round time c that no mask can save (assumed)")
+
+    presets = {"paper": {}, "repo": {"mask_interval": 20, "rule": "repo"}}
+
+    def chooses_mask(self, t: int) -> bool:
+        """Whether the server chooses a new mask at the end of round t."""
+        return t % self.mask_interval == 0
+
+    def bounds(self, t: int) -> tuple[int, int]:
+        """The smallest and the largest number of weights that a mask chosen in round t may keep."""
+        prunable = self.layout.prunable
+        if self.rule == "repo":
+            sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
+            return num_kept(sparsity, prunable), prunable
+        end = min(self.ceiling_until * self.rounds, (self.rounds - 1) // self.mask_interval * self.mask_interval)
+        left = 1 - t / end if t < end else 0.0
+        highest = self.target_sparsity + (self.initial_sparsity - self.target_sparsity) * left
+        return num_kept(self.target_sparsity, prunable), num_kept(highest, prunable)
+
+    def times(self, device: torch.device) -> Tensor:
+        """t_j: what each prunable weight adds to the time of a round, in seconds; (P,) float64."""
+        slots = self.layout.prunable_slots
+        each = [2 * slot.uses * self.seconds_per_flop + self.seconds_per_weight for slot in slots]
+        sizes = torch.tensor([slot.stop - slot.start for slot in slots])
+        return torch.tensor(each, dtype=torch.float64).repeat_interleave(sizes).to(device)
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        plan = super().plan(offer, memory, t)
+        if not self.chooses_mask(t):
+            return plan
+        return replace(plan, final_gradient="batch") if self.rule == "repo" else replace(plan, squared_gradients=True)
+
+    def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
+        reply, memory = super().reply(result, memory, t)
+        if not self.chooses_mask(t):
+            return reply, memory
+        per_step = self.rule == "paper"
+        squares = result.squared_gradients / len(result.losses) if per_step else result.gradient.square()
+        extras = {**reply.extras, "squared_gradients": squares[: self.layout.prunable]}
+        return replace(reply, extras=extras), memory
+
+    def merge(self, state, replies: Replies, t: int):
+        weights, mask = self.mean_weights(state, replies), state.mask
+        if self.rule == "paper":  # w <- w + sum_n rho_n (w_n - w*m)
+            sent = self.layout.masked(state.weights, mask)
+            weights = (state.weights.double() + (weights.double() - sent.double())).float()
+        if self.chooses_mask(t):
+            squares = (replies[client].extras["squared_gradients"] for client in sorted(replies))
+            mask = self.best(weights, mask, weighted_mean(squares, replies), t)
+        return replace(state, round=t + 1, weights=weights, buffers=mean_buffers(state, replies), mask=mask)
+
+    def best(self, weights: Tensor, mask: Tensor, squares: Tensor, t: int) -> Tensor:
+        """The mask (P,) of round t: weights in order of their gain while it pays, within `bounds`."""
+        lowest, highest = self.bounds(t)
+        gains, times = squares.double(), self.times(squares.device)
+        if self.rule == "repo":
+            order, sure = gains.argsort(descending=True, stable=True), 0
+            worth = gains[order]
+        else:
+            stays = self.unquestioned(weights, mask, highest, t)
+            order = (gains / times).argsort(descending=True, stable=True)
+            order = torch.cat([order[stays[order]], order[~stays[order]]])
+            worth, sure = (gains / times)[order], int(stays.sum())
+        reached = gains[order].cumsum(0) / (self.seconds_fixed + times[order].cumsum(0))
+        start = max(sure, lowest, 1)
+        pays = worth[start:] > reached[start - 1 : -1]  # more than the ratio reached before it
+        count = start + int(pays.int().cumprod(0).sum())
+        return torch.zeros_like(mask).index_fill_(0, order[: min(count, highest)], True)
+
+    def unquestioned(self, weights: Tensor, mask: Tensor, highest: int, t: int) -> Tensor:
+        """The kept weights that stay whatever their gradient: in each layer the largest, (P,) bool."""
+        kept = kept_per_layer(self.layout, mask)
+        share = 1 - self.candidates * 0.5 ** (self.halvings * t / self.rounds)
+        share *= min(1, highest / max(1, sum(kept)))
+        magnitudes = weights[: self.layout.prunable].abs().masked_fill(~mask, -1)
+        return layerwise_mask(self.layout, magnitudes, [math.floor(share * count) for count in kept])

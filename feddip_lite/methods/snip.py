@@ -1,0 +1,76 @@
+"""SNIP: one mask before training, by connection sensitivity |w * dloss/dw|."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checks import one_of, setting
+from ..local import LocalPlan, LocalResult
+from ..message import Message
+from ..seeds import derive
+from ..sparsity import num_kept, topk_mask
+from .base import About, Memory, Method, Replies, account_of, weighted_mean
+
+
+@dataclass(frozen=True)
+class SNIP(Method):
+    """Round 0 only scores: each client of its ordinary cohort takes one gradient at the initial weights and sends
+    |w*g| over its sum, P numbers; the server keeps the top of the weighted mean, globally, and leaves the weights
+    alone. From round 1 on masked SGD on that mask.
+
+    `paper` scores at the weights that training starts from, `repo` at weights drawn anew (Xavier, normal) for
+    scoring only, from a seed in the download. Deviations from the paper: one batch per client instead of one; from
+    the published code: no client 0 that scores alone, cross-entropy instead of `nll_loss` of raw logits, ResNet's
+    shortcuts stay dense.
+    Source: Lee et al., ICLR 2019; published FedDIP code `functions_new.py:SNIP_modified`, `snip.py`.
+    """
+
+    about = About(
+        "SNIP", "sparse to sparse", "|w*g| before training", "global", False, "masked SGD",
+        "scores, then w*m", "w, then w*m and m", "Lee et al., ICLR 2019; EricLoong/feddip",
+    )  # fmt: skip
+
+    target_sparsity: float = 0.9
+    scored_weights: str = setting("initial", one_of("initial", "xavier"), "weights at which clients score")
+    scored_data: str = setting("batch", one_of("batch", "epoch"), "what they score on: one batch, or all they have")
+
+    presets = {"paper": {}, "repo": {"scored_weights": "xavier"}}
+
+    def offer(self, state, t: int, client: int) -> Message:
+        offer = super().offer(state, t, client)
+        if t > 0 or self.scored_weights != "xavier":
+            return offer
+        return replace(offer, extras={**offer.extras, "weights_seed": torch.tensor([derive(self.seed, "snip")])})
+
+    def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
+        plan = super().plan(offer, memory, t)
+        if t > 0:
+            return plan
+        if "weights_seed" in offer.extras:
+            plan = replace(plan, weights=self.redrawn(plan.weights, int(offer.extras["weights_seed"][0])))
+        return replace(plan, epochs=0, final_gradient=self.scored_data)
+
+    def redrawn(self, weights: Tensor, seed: int) -> Tensor:
+        """`weights` (n,) with the prunable ones drawn anew: normal, variance 2 / (fan in + fan out)."""
+        weights, draw = weights.clone(), torch.Generator().manual_seed(seed)
+        for slot in self.layout.prunable_slots:
+            fresh = torch.nn.init.xavier_normal_(torch.empty(slot.shape), generator=draw)
+            slot.of(weights).copy_(fresh)
+        return weights
+
+    def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
+        if t > 0:
+            return super().reply(result, memory, t)
+        scores = (result.weights * result.gradient)[: self.layout.prunable].abs()
+        scores /= scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)
+        return Message(None, None, {**account_of(result), "scores": scores}), memory
+
+    def merge(self, state, replies: Replies, t: int):
+        if t > 0:
+            return super().merge(state, replies, t)
+        scores = weighted_mean((replies[client].extras["scores"] for client in sorted(replies)), replies)
+        mask = topk_mask(scores, num_kept(self.target_sparsity, self.layout.prunable))
+        return replace(state, round=1, mask=mask)
