@@ -24,7 +24,7 @@ import torch
 
 import feddip_lite.federation
 from feddip_lite.config import Config
-from feddip_lite.results import provenance
+from feddip_lite.results import plain, provenance
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contenders import CONTENDERS
@@ -38,7 +38,7 @@ CASES = {
     "resnet18 0.25": ({"dataset": "cifar100", "model": "resnet18", "width": 0.25, "local_epochs": 1}, 3),
     "resnet18": ({"dataset": "cifar100", "model": "resnet18", "local_epochs": 1}, 3),
 }
-"""Name: (settings, repetitions). Large models run one local epoch instead of five, which is said where they are shown."""
+"""Name: (settings, repetitions). Large models run one local epoch instead of five, and say so where they are shown."""
 NEEDS_GPU = {"resnet18"}
 
 
@@ -68,7 +68,7 @@ def _peak_megabytes() -> float:
 
 
 def measure(config: Config, names: list[str], repeats: int) -> dict[str, dict]:
-    """{contender: training, evaluation, total seconds [each round], peak MB}, taking turns; one round before counts not."""
+    """Each contender's seconds per round and peak memory, taking turns; a first round of each does not count."""
     context = multiprocessing.get_context("spawn")
     pipes, processes, rows = {}, [], {name: [] for name in names}
     for name in names:
@@ -119,7 +119,7 @@ def main() -> None:
         table[name] = measure(config, given.contenders.split(","), given.repeats or repeats)
         table[name]["settings"] = settings
     facts = provenance(torch.device(given.device), torch.get_num_threads(), precision=given.precision)
-    text = json.dumps({"table": table, "provenance": facts}, indent=1)
+    text = json.dumps(plain({"table": table, "provenance": facts}), indent=1)
     print(text)
     if given.write:
         (HERE / f"engine_{given.device}.json").write_text(text + "\n")

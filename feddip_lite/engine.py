@@ -73,7 +73,7 @@ def execute(
         path = folder / f"{config.run_id}.checkpoint"
         start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
         last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
-        facts = provenance(state.weights.device, clients.workers.count, **_facts(clients, config, last))
+        facts = provenance(state.weights.device, clients.workers.slots, **_facts(clients, config, last))
         save_run(folder, config, history_of(last, config), facts, last.skipped)
         path.unlink(missing_ok=True)
         return read_run(folder, config.run_id)[0]

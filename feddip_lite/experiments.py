@@ -16,15 +16,14 @@ import pandas as pd
 
 from .config import UNHASHED, Config
 from .engine import run
+from .methods import METHODS
+from .overview import title_of
 from .profiles import load_profile
 from .results import ROOT, load_results
 
 PROFILES = ("quick", "lite", "paper")
-NAMES = {
-    "fedavg": "FedAvg", "fedprox": "FedProx", "feddp": "FedDP", "feddip": "FedDIP", "feddst": "FedDST",
-    "prunefl": "PruneFL", "snip": "SNIP", "prunetrain": "PruneTrain", "fedsparsify_global": "FedSparsify-Global",
-    "fedsparsify_local": "FedSparsify-Local", "mpfl": "MPFL", "fedmap": "FedMap", "fedlp": "FedLP", "fedx": "FedX",
-    "fedtiny": "FedTiny", "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
+NAMES = {name: title_of(name) for name in METHODS} | {
+    "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "lenet5": "LeNet-5", "alexnet": "AlexNet", "resnet18": "ResNet-18",
 }  # fmt: skip
 """How methods (in the order of legends and tables), data sets and models are written."""

@@ -1,4 +1,4 @@
-"""`prepare`: from a configuration to a federation that can run: data dealt to clients, models for the workers, the method."""
+"""`prepare`: from a configuration to a federation: data dealt to clients, models for the workers, the method."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ enters the graph.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .data import Dataset, crop, draw_crops, normalise
 from .layout import FlatModel
 from .models import Dropout
+from .plan import LocalPlan, LocalResult
 from .seeds import derive, torch_generator
 
 if TYPE_CHECKING:
@@ -29,79 +30,6 @@ if TYPE_CHECKING:
 
 EVALUATION_BATCH = 128  # small batches stay in cache: LeNet-5 on two cores took 1.6 times as long with 1000 at a time
 PIECE = 2**17  # weights; four vectors of this length fit into a core's cache
-
-
-@dataclass(frozen=True)
-class LocalPlan:
-    """How one client trains in one round; made by `Method.plan` from what the client holds.
-
-    Attributes:
-        weights: (n,) float32, where training starts.
-        mask: (P,) bool, or None for a dense model. Gradients are taken at w * mask.
-        buffers: BatchNorm statistics to start from, (b,) float32.
-        add_gradient_: called as `add_gradient_(gradient, masked, dense)`, all (n,); adds the gradient of a penalty or
-            a proximal term to the first argument in place.
-        project: apply the mask to w after every step (masked SGD), which removes error feedback.
-        epochs: passes over the client's data; None = the configuration's `local_epochs`, 0 = no training.
-        mode: "train"; "refresh" = forward passes that change nothing but BatchNorm statistics; "score" = forward
-            passes in evaluation mode that change nothing: they only measure the loss.
-        squared_gradients: sum the squared gradients of all steps.
-        final_gradient: "batch" or "epoch": after training, take the gradient at w * mask over one more batch, or
-            one more pass, of the client's data.
-        then: makes a second plan from this one's result: prune, then go on. It starts where that plan says.
-        model: trained in place of the worker's own, for clients whose model differs from the server's.
-    """
-
-    weights: Tensor
-    mask: Tensor | None = None
-    buffers: Tensor | None = None
-    add_gradient_: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    project: bool = False
-    epochs: int | None = None
-    mode: str = "train"
-    squared_gradients: bool = False
-    final_gradient: str | None = None
-    then: Callable[[LocalResult], LocalPlan] | None = None
-    model: FlatModel | None = None
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What training left; everything stays on the device, nothing is waited for.
-
-    Attributes:
-        weights: (n,) float32, dense; `buffers`: BatchNorm statistics (b,); `mask`: the plan's.
-        samples: number of training samples.
-        losses: (steps,) float32, masked cross-entropy of each step, without penalty.
-        loss: () float64, their mean over samples. Without training, of the final gradient's batches.
-        squared_gradients: (n,) float32, if the plan asked for them.
-        gradient: (n,) float32, the plan's `final_gradient`: a mean over samples, without penalty.
-        parts: of a plan with `then`, what each of its plans left, in order.
-        client: who trained, for draws addressed by client.
-    """
-
-    weights: Tensor
-    buffers: Tensor
-    mask: Tensor | None
-    samples: int
-    losses: Tensor
-    loss: Tensor
-    squared_gradients: Tensor | None = None
-    gradient: Tensor | None = None
-    parts: tuple[LocalResult, ...] = ()
-    client: int = 0
-
-    def check(self) -> None:
-        """Wait for the device and raise `Diverged` if a loss or a weight is NaN or infinite."""
-        each = self.losses.cpu()
-        finite = each[each.isfinite()]
-        if len(finite) < len(each) or not self.weights.isfinite().all():
-            last = f"{finite[-1]:.4g}" if len(finite) else "none in this round"
-            raise Diverged(f"training diverged in step {len(finite) + 1} of {len(each)}; last finite loss: {last}")
-
-
-class Diverged(ValueError):
-    """A loss, a reply or a metric became NaN or infinite; the message names the last finite loss."""
 
 
 def local_update(
@@ -124,8 +52,7 @@ def local_update(
     Source: slides, Eq. 1-2; published code `client.py:train_model`, without its second forward pass (D12).
     """
     model = plan.model or model
-    address = (t, client, phase) if phase else (t, client)
-    batches = partial(_batches, model, data, indices, config=config, address=address)
+    batches = partial(_batches, model, data, indices, config, (t, client, phase) if phase else (t, client))
     deadline = time.monotonic() + (config.client_timeout or float("inf"))
     w = plan.weights.clone()
     mask = None if plan.mask is None else plan.mask.to(w.dtype)
@@ -152,17 +79,14 @@ def local_update(
             if plan.project and m is not None:
                 dense.mul_(m)
             torch.mul(dense, 1.0 if m is None else m, out=masked)
-    result = LocalResult(
-        w, model.buffers.clone(), plan.mask, len(indices), *_mean_loss(losses, sizes, w), squares, client=client
-    )
+    mean = _mean_loss(losses, sizes, w)
+    result = LocalResult(w, model.buffers.clone(), plan.mask, len(indices), *mean, squares, client=client)
     if plan.final_gradient is not None:
         last = batches(1, purpose="final gradient")
         result = _with_gradient(result, model, last if plan.final_gradient == "epoch" else islice(last, 1))
     if plan.then is None:
         return result
-    after = local_update(model, plan.then(result), data, indices, config, t, client, phase + 1)
-    parts = (result, *(after.parts or [after]))
-    return replace(after, losses=torch.cat([result.losses, after.losses]), loss=result.loss, parts=parts)
+    return result.followed_by(local_update(model, plan.then(result), data, indices, config, t, client, phase + 1))
 
 
 def _pieces(model: FlatModel, w: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
@@ -184,7 +108,9 @@ def _mean_loss(losses: list[Tensor], sizes: list[int], weights: Tensor) -> tuple
     if not losses:
         return weights.new_zeros(0), weights.new_full((), float("nan"), dtype=torch.float64)
     each = torch.stack(losses)
-    return each, each.double() @ torch.tensor(sizes, dtype=torch.float64).to(each.device) / sum(sizes)
+    return each, each.double() @ torch.tensor(sizes, dtype=torch.float64).to(each.device, non_blocking=True) / sum(
+        sizes
+    )
 
 
 def _loss(model: FlatModel, images: Tensor, labels: Tensor) -> Tensor:
@@ -207,7 +133,7 @@ def _with_gradient(result: LocalResult, model: FlatModel, batches: Iterator) -> 
 
 
 def _batches(
-    model: FlatModel, data: Dataset, indices: Tensor, epochs: int, config: Config, address: tuple, purpose="shuffle"
+    model: FlatModel, data: Dataset, indices: Tensor, config: Config, address: tuple, epochs: int, purpose="shuffle"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised batches of `epochs` shuffled passes; the last batch of a pass may be short."""
     for layer in model.module.modules():

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from .experiments import PROFILES, describe, labels, splits
+from .overview import benchmark_section, methods_table
 from .results import atomic_write, headline, interval, load_results, read_run
 
-MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
 CLAIMS = (  # column, method, reference, claim of the slides, supporting side, verdict if an interval has both sides
     ("accuracy", "FedDIP", "FedAvg", "as accurate as FedAvg at this sparsity", +1, "no loss shown and no gain"),
     ("accuracy", "FedDIP", "FedDP", "the growing penalty helps", +1, "not reproduced, no gain shown"),
@@ -120,13 +120,24 @@ def results_section(folder: Path) -> str:
     return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
 
 
-def write_section(path: Path, text: str) -> None:
-    """Put `text` between the markers of a Markdown file; every other byte stays.
+def generated_sections(root: Path) -> dict[str, str]:
+    """What the README's generated parts must say, by the name in their markers."""
+    benchmark = benchmark_section(root / "benchmarks")
+    return {"methods": methods_table(), "results": results_section(root / "results"), "benchmark": benchmark}
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines before and after a generated part."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put `text` between the markers `name` of a Markdown file; every other byte stays.
 
     Raises:
         ValueError: the file lacks a marker, or has one twice or in the wrong order.
     """
-    begin, end = MARKERS
+    begin, end = markers(name)
     content = path.read_text(encoding="utf-8")
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
         raise ValueError(f"{path.name}: needs the lines {begin} and {end}, once each and in this order")

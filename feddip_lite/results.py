@@ -94,7 +94,7 @@ def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Ma
         "skipped": skipped,
         "csv_sha256": hashlib.sha256(table).hexdigest(),
     }
-    text = json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain(record), indent=1, allow_nan=False) + "\n"
     atomic_write(folder / f"{config.run_id}.csv", table)
     atomic_write(folder / f"{config.run_id}.json", text.encode())
 
@@ -175,12 +175,12 @@ def provenance(device: torch.device, workers: int, **facts) -> dict:
     }
 
 
-def _plain(value):
+def plain(value):
     """The value for JSON: numpy scalars as Python's, NaN and infinity as null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):

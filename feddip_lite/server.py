@@ -20,10 +20,11 @@ from torch import Tensor
 from .config import Config
 from .data import Dataset
 from .layout import FlatModel
-from .local import Diverged, LocalResult, evaluate, local_update
+from .local import evaluate, local_update
 from .message import Message, num_bytes
 from .methods import Method
 from .methods.base import Memory, samples_of
+from .plan import Diverged, LocalResult
 from .seeds import numpy_generator
 from .sparsity import density, jaccard
 from .workers import Workers

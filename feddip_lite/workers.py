@@ -23,21 +23,21 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Workers:
-    """A pool of one thread per scratch model, `slots` of which run at a time; `submit(job, ...)` runs `job(model, ...)`.
+    """A pool of one thread per scratch model, of which `slots` run at a time.
 
     A job hands its slot on whenever it calls `model.pause()`, as `local_update` does between epochs. So five equal
     clients take 2.6 client-times on two cores (25 epochs, two at a time) rather than 3, and no thread disturbs another.
     """
 
     def __init__(self, models: list[FlatModel], slots: int):
-        self.count = len(models)
+        self.slots = min(slots, len(models))
         self._models: SimpleQueue[FlatModel] = SimpleQueue()
-        self._turns = _Turns(slots)
+        self._turns = _Turns(self.slots)
         for model in models:
             model.pause = self._turns.hand_on
             self._models.put(model)
         # Set per thread: more intra-op threads would change the order of sums, and so the bits.
-        self._pool = ThreadPoolExecutor(self.count, "client", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(len(models), "client", initializer=torch.set_num_threads, initargs=(1,))
 
     def submit(self, job: Callable, *arguments) -> Future:
         """Queue `job(model, *arguments)`; its result or exception is in the future."""
@@ -59,7 +59,7 @@ class Workers:
 
 
 class _Turns:
-    """`slots` threads at a time, first come first served. (A semaphore lets the thread that releases it take it again.)"""
+    """`slots` threads at a time, first come first served (a semaphore would let the giver of a slot take it again)."""
 
     def __init__(self, slots: int):
         self._free, self._waiting, self._lock = slots, deque(), Lock()

@@ -1,5 +1,7 @@
 """Laws of recordings, with a recorder that runs the function again where a GPU would replay a graph."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_data
@@ -7,8 +9,9 @@ from conftest import tiny_config, tiny_data
 from feddip_lite.arithmetic import Autograd
 from feddip_lite.captured import Captured
 from feddip_lite.layout import FlatModel, Layout
-from feddip_lite.local import LocalPlan, local_update
+from feddip_lite.local import local_update
 from feddip_lite.models import build_model
+from feddip_lite.plan import LocalPlan
 
 
 class Recorder:
@@ -30,10 +33,10 @@ def with_dropout():
     return FlatModel(module, Layout.of(module))
 
 
-def trained(model, **changes):
+def trained(model):
     data = tiny_data()
     if model.layout.slots[0].shape[1] == 3:
-        data.__dict__["train_images"] = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+        data = replace(data, train_images=torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8))
     start = 0.1 * torch.randn(model.layout.size, generator=torch.Generator().manual_seed(1))
     plan = LocalPlan(start, buffers=torch.ones(model.layout.buffer_size))
     return local_update(model, plan, data, torch.arange(12), tiny_config(batch_size=5, local_epochs=3), 0, 0)

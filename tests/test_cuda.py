@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from feddip_lite.arithmetic import Autograd
+from feddip_lite.captured import Captured, record_cuda_graph
 from feddip_lite.config import Config
 from feddip_lite.federation import prepare
-from feddip_lite.server import evaluate_state, run_round
+from feddip_lite.layout import FlatModel, Layout
+from feddip_lite.methods import METHODS, settings_of
+from feddip_lite.models import Dropout, build_model
+from feddip_lite.server import check_client, evaluate_state, run_round, train_client
 
 pytestmark = [
     pytest.mark.cuda,
@@ -47,6 +52,51 @@ def test_a_gpu_run_repeats_to_the_bit(model):
     assert torch.equal(first.weights, again.weights)
     assert torch.equal(first.mask, again.mask)
     assert torch.equal(first.buffers, again.buffers)
+
+
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in METHODS for preset in METHODS[name].presets])
+def test_every_method_runs_on_a_gpu_and_repeats_to_the_bit(name, preset):
+    own = {} if "mask_interval" in settings_of(name, preset) else {"mask_interval": None}
+    runs = [three_rounds(method=name, preset=preset, device="cuda", **own) for _ in range(2)]
+    assert torch.equal(runs[0][0].weights, runs[1][0].weights)
+    assert torch.equal(runs[0][0].mask, runs[1][0].mask)
+
+
+@pytest.mark.parametrize("model", ["lenet5", "alexnet", "resnet18"])
+def test_a_client_never_waits_for_the_gpu(model):
+    """A GPU that is waited for is idle while the next kernels are launched. The first call records its graphs."""
+    config = Config(**{**SMALL, "model": model, "width": 0.25, "device": "cuda"}).resolved()
+    state, clients, method = prepare(config)
+    offer = method.offer(state, 0, 0)
+
+    def job(scratch):
+        train_client(scratch, method, offer, clients, config, 0, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return train_client(scratch, method, offer, clients, config, 0, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    reply, _, result = clients.workers.submit(job).result()
+    check_client(reply, result)
+    clients.workers.close()
+
+
+@pytest.mark.parametrize("model", ["lenet5", "alexnet", "resnet18"])
+def test_recorded_graphs_compute_what_autograd_computes(model):
+    module = build_model(model, classes=10, width=0.25, channels=1 if model == "lenet5" else 3, size=32)
+    both = FlatModel(module.cuda().train(), Layout.of(module), "cuda")
+    images = torch.rand(7, 1 if model == "lenet5" else 3, 32, 32, device="cuda")
+    labels = torch.randint(10, (7,), device="cuda")
+    results = []
+    for arithmetic in (Captured(both, "float32", record_cuda_graph), Autograd(both.module, both.gradient)):
+        for layer in both.module.modules():
+            if isinstance(layer, Dropout):
+                layer.generator.manual_seed(3)
+        loss = arithmetic.loss_and_gradient(images, labels)
+        results.append((float(loss), both.gradient.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

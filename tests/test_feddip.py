@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import random_bools, random_vector, reply_of, state_of, tiny_config, tiny_data
 
-from feddip_lite.local import LocalPlan, local_update
+from feddip_lite.local import local_update
 from feddip_lite.methods.feddip import FedDIP, FedDP, add_norm_gradient_
+from feddip_lite.plan import LocalPlan
 from feddip_lite.schedules import penalty_at, published_penalty_at, sparsity_at
 from feddip_lite.sparsity import erk_densities, num_kept
 

@@ -19,8 +19,9 @@ from conftest import (
 
 from feddip_lite import run
 from feddip_lite.federation import prepare
-from feddip_lite.local import LocalResult, local_update
+from feddip_lite.local import local_update
 from feddip_lite.methods.feddst import FedDST, mean_where_kept, replaceable, without_smallest
+from feddip_lite.plan import LocalResult
 from feddip_lite.server import run_round
 from feddip_lite.sparsity import erk_densities, kept_per_layer
 

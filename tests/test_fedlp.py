@@ -10,10 +10,10 @@ from torch import nn
 from feddip_lite import run
 from feddip_lite.federation import prepare
 from feddip_lite.layout import Layout
-from feddip_lite.local import LocalResult
 from feddip_lite.message import decode, encode, num_bytes
 from feddip_lite.methods.fedlp import FedLP, gather, scatter_
 from feddip_lite.models import MODELS, build_model, empty_model, num_stages
+from feddip_lite.plan import LocalResult
 from feddip_lite.server import sample_cohort
 
 LEARNS = {"width": 0.5, "local_epochs": 5, "batch_size": 16, "rounds": 10}

@@ -9,8 +9,10 @@ from feddip_lite import drawings, experiments
 from feddip_lite.experiments import NAMES, describe, labels, main_runs, profile_queue, recorded, train
 from feddip_lite.figures import COLOURS, accuracy_curves, column_panels, save_figure
 from feddip_lite.methods import METHODS
-from feddip_lite.report import MARKERS, agreement, paired, quantity, results_section, write_section
+from feddip_lite.report import agreement, markers, paired, quantity, results_section, write_section
 from feddip_lite.results import headline, load_results
+
+BEGIN, END = markers("part")
 
 TWO = {**FAST, "rounds": 2}
 QUEUE = [tiny_config(method=method, seed=seed, **TWO) for method in ("fedavg", "feddip") for seed in (0, 1, 2)]
@@ -198,16 +200,16 @@ def test_an_empty_results_folder_says_so(tmp_path):
 
 def test_the_section_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):
-        write_section(readme, "new")
-    assert readme.read_text() == f"before\n{MARKERS[0]}\n\nnew\n\n{MARKERS[1]}\nafter\n"
+        write_section(readme, "part", "new")
+    assert readme.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
 
 
-@pytest.mark.parametrize("content", ["", MARKERS[0], MARKERS[1] + MARKERS[0], MARKERS[0] * 2 + MARKERS[1]])
+@pytest.mark.parametrize("content", ["", BEGIN, END + BEGIN, BEGIN * 2 + END])
 def test_missing_or_doubled_markers_are_refused(tmp_path, content):
     readme = tmp_path / "README.md"
     readme.write_text(content)
     with pytest.raises(ValueError, match="README.md: needs the lines"):
-        write_section(readme, "new")
+        write_section(readme, "part", "new")
     assert readme.read_text() == content

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from feddip_lite.data import normalise
 from feddip_lite.layout import FlatModel, Layout
-from feddip_lite.local import Diverged, LocalPlan, evaluate, local_update
+from feddip_lite.local import evaluate, local_update
 from feddip_lite.models import build_model
+from feddip_lite.plan import Diverged, LocalPlan
 
 DATA = tiny_data()
 INDICES = torch.arange(12)

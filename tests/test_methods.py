@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import answers, random_bools, random_vector, reply_of, started, state_of, tiny_config
 
-from feddip_lite.local import LocalResult
 from feddip_lite.message import num_bytes
 from feddip_lite.methods import METHODS, build_method, settings_of
 from feddip_lite.methods.base import Method, mean_buffers
 from feddip_lite.methods.fedavg import FedAvg, FedProx
+from feddip_lite.plan import LocalResult
 
 VARIANTS = [(name, preset) for name, method in METHODS.items() for preset in method.presets]
 

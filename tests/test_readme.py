@@ -10,7 +10,7 @@ import pytest
 
 from feddip_lite.__main__ import parser
 from feddip_lite.methods import METHODS
-from feddip_lite.report import results_section
+from feddip_lite.report import generated_sections, markers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,7 +67,8 @@ def test_every_method_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHODS)
 
 
-def test_results_are_those_of_the_results_folder():
+@pytest.mark.parametrize(("name", "text"), generated_sections(ROOT).items())
+def test_generated_parts_say_what_is_recorded(name, text):
     """Numbers in the README are generated: notebook 12 was run after the last recorded run."""
-    between = README.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
-    assert between.strip() == results_section(ROOT / "results").strip()
+    begin, end = markers(name)
+    assert README.split(begin)[1].split(end)[0].strip() == text.strip()

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from feddip_lite import run
 from feddip_lite.data import normalise
-from feddip_lite.local import LocalPlan, local_update
+from feddip_lite.local import local_update
 from feddip_lite.message import Message, num_bytes
 from feddip_lite.methods.snip import SNIP
+from feddip_lite.plan import LocalPlan
 from feddip_lite.sparsity import num_kept
 
 PRESETS = pytest.mark.parametrize("preset", ["paper", "repo"])

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import FlatModel, Layout
-from ..local import LocalPlan, LocalResult
+from ..layout import FlatModel, Layout, kept_indices
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 
 if TYPE_CHECKING:
     from ..server import ServerState
@@ -101,7 +101,7 @@ class Method:
 
     def offer(self, state: ServerState, t: int, client: int) -> Message:
         """What goes down to `client` in round t. Default: the sparse model with its mask; a dense one without."""
-        mask = None if bool(state.mask.all()) else state.mask
+        mask = None if len(kept_indices(state.mask)) == self.layout.prunable else state.mask
         extras = {"buffers": state.buffers} if len(state.buffers) else {}
         return Message(self.layout.pack(state.weights, mask), mask, extras)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..checks import real, setting
-from ..local import LocalPlan
 from ..message import Message
+from ..plan import LocalPlan
 from .base import About, Memory, Method
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checks import flag, one_of, setting
 from ..layout import Layout
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..schedules import penalty_at, published_penalty_at, sparsity_at
 from ..seeds import derive
 from ..sparsity import erk_densities, num_kept, random_mask, topk_mask

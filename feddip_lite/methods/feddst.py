@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..checks import flag, one_of, real, setting
 from ..layout import Layout
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..schedules import cosine_at
 from ..seeds import torch_generator
 from ..sparsity import erk_densities, kept_per_layer, layerwise_mask, random_mask

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..checks import integer, one_of, real, setting
 from ..layout import Layout, Slot
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..seeds import numpy_generator, torch_generator
 from .base import About, Memory, Method, Replies, message_of
 

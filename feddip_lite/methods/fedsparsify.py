@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import integer, setting
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..schedules import sparsity_at
 from ..sparsity import nested_mask, num_kept
 from .base import About, Memory, Method, Replies

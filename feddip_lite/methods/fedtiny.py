@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import integer, real, setting
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..schedules import cosine_at
 from ..seeds import torch_generator
 from ..sparsity import erk_densities, layerwise_mask, num_kept, topk_mask

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import real, setting
-from ..local import LocalResult
 from ..message import Message
+from ..plan import LocalResult
 from ..schedules import sparsity_at
 from ..sparsity import nested_mask, num_kept, tie_broken
 from .base import About, Memory, Method, Replies, account_of

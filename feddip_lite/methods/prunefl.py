@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of, real, setting
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..schedules import sparsity_at
 from ..sparsity import kept_per_layer, layerwise_mask, num_kept
 from .base import About, Memory, Method, Replies, mean_buffers, weighted_mean

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..checks import flag, real, setting
 from ..layout import Slot
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..schedules import sparsity_at
 from ..sparsity import nested_mask, num_kept, tie_broken, topk_mask
 from .base import About, Memory, Method, Replies

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of, setting
-from ..local import LocalPlan, LocalResult
 from ..message import Message
+from ..plan import LocalPlan, LocalResult
 from ..seeds import derive
 from ..sparsity import num_kept, topk_mask
 from .base import About, Memory, Method, Replies, account_of, weighted_mean

@@ -1,0 +1,93 @@
+"""The README's tables that do not come from runs: what the methods are, and how fast a round is."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+from .methods import METHODS
+
+DAGGER = "†"
+WHAT_D_PLUS_IS = (
+    "**a** the published procedure, rebuilt from its description; **b** a careful PyTorch loop, one client after the "
+    "other; **c** this package; **d** the bare forward and backward of stock operators on the same batches, clients "
+    "side by side, and **d+** the same where malloc keeps freed memory, as under c. Seconds per round, training "
+    "and evaluation: median (minimum to maximum); d evaluates nothing, so **c/d** and **c/d+** compare training alone."
+)
+
+
+def title_of(name: str) -> str:
+    """A method as the literature spells it, with a dagger if it is a reconstruction."""
+    about = METHODS[name].about
+    return about.title + DAGGER * bool(about.assumed)
+
+
+def methods_table() -> str:
+    """Markdown: a row per method, and below it what was assumed for each reconstruction."""
+    heads = ["name", "method", "family", "mask from", "scope", "regrows", "client step", "up", "down", "lines"]
+    rows = [[*heads, "presets", "source"], ["---"] * (len(heads) + 2)]
+    notes = []
+    for name, method in METHODS.items():
+        about = method.about
+        lines = sum(bool(line.strip()) for line in inspect.getsource(method).splitlines())
+        words = [about.family, about.mask_from, about.scope, "yes" if about.regrows else "no"]
+        words += [about.step, about.up, about.down, str(lines), ", ".join(f"`{p}`" for p in method.presets)]
+        rows.append([f"`{name}`", title_of(name), *words, about.source])
+        if about.assumed:
+            notes.append(f"- {title_of(name)}: {about.assumed}")
+    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    intro = f"{DAGGER} A reconstruction: its source's details were not to be had. Assumed:"
+    return "\n".join([table, "", intro, "", *notes])
+
+
+def benchmark_section(folder: Path) -> str:
+    """Markdown: the recorded tables of `benchmarks/`, a row per model, and how cost grows."""
+    parts = []
+    for device in ("cpu", "cuda"):
+        path = folder / f"engine_{device}.json"
+        if path.exists():
+            parts += [_engine_table(json.loads(path.read_text()))]
+    path = folder / "growth_cpu.json"
+    if path.exists():
+        parts += [_growth(json.loads(path.read_text())["rows"])]
+    return "\n\n".join([*parts, WHAT_D_PLUS_IS] if parts else ["Nothing measured yet."])
+
+
+def _engine_table(record: dict) -> str:
+    names = ("a", "b", "c", "d", "d+")
+    lines = ["| model | a | b | c | d | d+ | a/c | b/c | c/d | c/d+ | peak MiB of c |", "|" + " --- |" * 11]
+    for model, row in record["table"].items():
+        total = {name: row[name]["total_s" if name in "abc" else "train_s"] for name in names if name in row}
+        train = {name: row[name]["train_s"]["median"] for name in total}
+        cells = [_spread(total[name]) if name in total else "-" for name in names]
+        for upper, lower, of in (("a", "c", total), ("b", "c", total), ("c", "d", train), ("c", "d+", train)):
+            known = upper in of and lower in of
+            cells.append(f"{_median(of[upper]) / _median(of[lower]):.2f}" if known else "-")
+        epochs = row["settings"].get("local_epochs", 5)
+        lines.append(
+            f"| {model}, {epochs} epoch{'s' * (epochs > 1)} | {' | '.join(cells)} | {row['c']['peak_mb']:.0f} |"
+        )
+    facts = record["provenance"]
+    where = f"{facts['device']}, {facts['cpus']} cores, torch {facts['torch']}, Python {facts['python']}"
+    return "\n".join([*lines, "", f"Measured in one run, taking turns: {where}, {facts['precision']}."])
+
+
+def _median(value) -> float:
+    return value["median"] if isinstance(value, dict) else value
+
+
+def _spread(value: dict) -> str:
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def _growth(rows: list[dict]) -> str:
+    by_clients = [row for row in rows if "clients" in row]
+    clients = ", ".join(str(row["clients"]) for row in by_clients)
+    peaks = ", ".join(f"{row['peak_mb']:.0f}" for row in by_clients)
+    per_step = [1e3 * row["train_s"] / row["steps"] for row in rows if "clients" not in row]
+    return (
+        f"LeNet-5 on Fashion-MNIST over {clients} clients: peak memory {peaks} MiB; start-up with "
+        f"{by_clients[-1]['clients']} clients {by_clients[-1]['start_s']:.1f} s. Training costs {min(per_step):.2f} to "
+        f"{max(per_step):.2f} ms a step, whether clients per round go from 5 to 20 or local epochs from 1 to 10."
+    )
