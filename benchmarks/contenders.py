@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
 from PIL import Image
@@ -197,12 +198,15 @@ class Careful(_Stock):
 
 
 class Floor(_Stock):
-    """d: see the top of this file. Batches are made before the clock runs; there is nothing to evaluate."""
+    """d: see the top of this file. Batches are made before the clock runs; an epoch is a task, so that cores are never
+    idle; there is nothing to evaluate."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         cores = os.cpu_count() if self.device.type == "cpu" else 1
-        self.models = [copy.deepcopy(self.model).train() for _ in range(config.clients_per_round)]
+        self.models = SimpleQueue()
+        for _ in range(cores):
+            self.models.put(copy.deepcopy(self.model).train())
         self.pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
         self.work = []
         for client in self.cohort():
@@ -210,14 +214,15 @@ class Floor(_Stock):
             self.work.append(list(self.batches(self.train_shards[client], generator)))
 
     def train(self):
-        list(self.pool.map(self.forward_backward, self.models, self.work))
+        list(self.pool.map(self.forward_backward, self.work * self.config.local_epochs))
 
-    def forward_backward(self, model, batches):
-        for _ in range(self.config.local_epochs):
-            for images, labels in batches:
-                for parameter in model.parameters():
-                    parameter.grad = None
-                F.cross_entropy(model(images), labels).backward()
+    def forward_backward(self, batches):
+        model = self.models.get()
+        for images, labels in batches:
+            for parameter in model.parameters():
+                parameter.grad = None
+            F.cross_entropy(model(images), labels).backward()
+        self.models.put(model)
 
     def evaluate(self):
         return float("nan")

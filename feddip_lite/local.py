@@ -174,7 +174,7 @@ def evaluate(
     model.module.eval()
     losses, ranks = [], []
     with torch.inference_mode():
-        for batch in indices.split(EVALUATION_BATCH):
+        for batch in indices.split(EVALUATION_BATCH if indices.device.type == "cpu" else len(indices)):
             labels = data.test_labels[batch][:, None]
             logits = model.arithmetic.logits(normalise(data.test_images[batch], data))
             losses.append(F.cross_entropy(logits, labels[:, 0], reduction="none"))
