@@ -2,7 +2,7 @@
 
 a  Published   the published code's procedure, rebuilt from its description: images pass through PIL and a DataLoader
                with two workers per client and epoch; a masked deep copy of the model per batch; a second, dense forward
-               pass; the client's model is evaluated on its training and test shard; the global one on the test set
+               pass; the client's model is evaluated on its test shard, the global one on training and test set
 b  Careful     one client after the other on all cores: data as tensors, a masked leaf, one forward, stock operators
 c  Engine      this package
 d  Floor       stock operators' bare forward and backward of the same batches at fixed weights, clients side by side
@@ -113,7 +113,9 @@ class Published(_Stock):
 
     def loader(self, images, labels, indices, shuffle=False):
         samples = _Samples(images, labels, indices.tolist(), self.transform)
-        return DataLoader(samples, self.config.batch_size, shuffle=shuffle, num_workers=2)
+        # Forked workers, as DataLoader's on Linux by default; spawned ones would import torch anew for every epoch.
+        context = {"num_workers": 2, "multiprocessing_context": "fork"}
+        return DataLoader(samples, self.config.batch_size, shuffle=shuffle, **context)
 
     def masked_copy(self, model):
         masked = copy.deepcopy(model)
@@ -137,7 +139,6 @@ class Published(_Stock):
                     own.grad = lent.grad
                 sgd.step()
                 F.cross_entropy(model(images), labels).item()
-        self.score(model, self.loader(data.train_images, data.train_labels, self.train_shards[client]))
         self.score(model, self.loader(data.test_images, data.test_labels, self.test_shards[client]))
         return model.state_dict()
 
@@ -148,8 +149,10 @@ class Published(_Stock):
         return float(torch.cat(right).mean())
 
     def evaluate(self):
-        everything = torch.arange(len(self.data.test_labels))
-        return self.score(self.model, self.loader(self.data.test_images, self.data.test_labels, everything))
+        data, both = self.data, []
+        for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+            both.append(self.score(self.model, self.loader(images, labels, torch.arange(len(labels)))))
+        return both[1]
 
 
 class _Samples:

@@ -186,15 +186,13 @@ def _code_of(mask: Tensor) -> bytes:
     return _mask_code(np.packbits(mask.detach().cpu().numpy()).tobytes(), mask.numel())
 
 
-# One mask version goes to every client of a cohort, and num_bytes and encode both ask for its code, which can take
-# two seconds at 23 million weights: so it is made once. Keyed by content: a mask changed in place gets its own code.
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # equal masks in other tensors, as a decoded one, have the same code
 def _mask_code(packed_bits: bytes, length: int) -> bytes:
     """Returns a kind byte and the smallest deflate stream of bitmap or gaps.
 
     On scattered masks deflate's search for repeats costs more bits than it saves, and Huffman coding alone comes to
-    1 % above the entropy at 5 % density; on masks with structure the search wins. So both are tried on both, but the
-    search, which is slow, only where there is little to search.
+    1 % above the entropy at 5 % density; on masks with structure the search wins. So both are tried on both; the search
+    only on short contents, since it is slow.
     """
     mask = np.unpackbits(np.frombuffer(packed_bits, np.uint8), count=length).view(np.bool_)
     codes = []
