@@ -38,8 +38,8 @@ CASES = {
     "resnet18 0.25": ({"dataset": "cifar100", "model": "resnet18", "width": 0.25, "local_epochs": 2}, 2, "b,c,d"),
     "resnet18": ({"dataset": "cifar100", "model": "resnet18", "local_epochs": 2}, 2, "b,c,d"),
 }
-"""Name: (settings, repetitions, contenders). The largest run two local epochs instead of five (one would leave a core
-idle: five clients, two cores); models other than LeNet-5 go without a, which takes minutes a round. The tables say so."""
+"""Name: (settings, repetitions, contenders). The largest run two local epochs, not five (one would leave a core
+idle: five clients, two cores); models other than LeNet-5 go without a, which takes minutes a round."""
 NEEDS_GPU = {"resnet18"}
 
 

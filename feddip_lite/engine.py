@@ -133,7 +133,8 @@ def _bar_of(show: bool | tqdm, progress: Progress, config: Config):
     done = progress.state.round
     if isinstance(show, bool):
         return progress_bar(config.rounds, config.run_id, initial=done, show=show)
-    show.initial, show.n = show.initial + done, show.n + done
+    if not show.disable:
+        show.initial, show.n = show.initial + done, show.n + done
     return nullcontext(show)
 
 
