@@ -31,15 +31,17 @@ from contenders import CONTENDERS
 
 HERE = Path(__file__).parent
 FEDDIP = {"method": "feddip", "rounds": 200, "precision": "float32"}
+_LARGE = {"a": 0, "b": 1, "c": 3, "d": 3, "d+": 3}
 CASES = {
-    "lenet5": ({"dataset": "fashionmnist", "model": "lenet5"}, 4, "a,b,c,d,d+"),
-    "alexnet 0.25": ({"dataset": "cifar10", "model": "alexnet", "width": 0.25}, 2, "b,c,d"),
-    "alexnet": ({"dataset": "cifar10", "model": "alexnet", "local_epochs": 2}, 1, "c,d"),
-    "resnet18 0.25": ({"dataset": "cifar100", "model": "resnet18", "width": 0.25, "local_epochs": 2}, 2, "b,c,d"),
-    "resnet18": ({"dataset": "cifar100", "model": "resnet18", "local_epochs": 2}, 2, "b,c,d"),
+    "lenet5": ({"dataset": "fashionmnist", "model": "lenet5"}, dict.fromkeys(["a", "b", "c", "d", "d+"], 4)),
+    "alexnet 0.25": ({"dataset": "cifar10", "model": "alexnet", "width": 0.25}, {**_LARGE, "a": 1}),
+    "alexnet": ({"dataset": "cifar10", "model": "alexnet", "local_epochs": 2}, _LARGE),
+    "resnet18 0.25": ({"dataset": "cifar100", "model": "resnet18", "width": 0.25, "local_epochs": 2}, _LARGE),
+    "resnet18": ({"dataset": "cifar100", "model": "resnet18", "local_epochs": 2}, _LARGE),
 }
-"""Name: (settings, repetitions, contenders). The largest run two local epochs, not five (one would leave a core
-idle: five clients, two cores); models other than LeNet-5 go without a, which takes minutes a round."""
+"""Name: (settings, counted rounds of each contender). A first round does not count, unless it is the only one: 0, for
+a, which takes minutes a round there. The largest run two local epochs, not five (one would leave a core idle: five
+clients, two cores)."""
 NEEDS_GPU = {"resnet18"}
 
 
@@ -68,26 +70,26 @@ def _peak_megabytes() -> float:
     return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
-def measure(config: Config, names: list[str], repeats: int) -> dict[str, dict]:
-    """Each contender's seconds per round and peak memory, taking turns; a first round of each does not count."""
+def measure(config: Config, counted: dict[str, int]) -> dict[str, dict]:
+    """The seconds per round and peak memory of each contender, over its number of counted rounds, taking turns."""
     context = multiprocessing.get_context("spawn")
-    pipes, processes, rows = {}, [], {name: [] for name in names}
-    for name in names:
+    pipes, processes, rows = {}, [], {name: [] for name in counted}
+    for name in counted:
         pipes[name], end = context.Pipe()
         processes.append(context.Process(target=contender, args=(name, config, end), daemon=name != "a"))
         processes[-1].start()
-    for repeat in range(repeats + 1):
-        for name in names:
+    for repeat in range(max(counted.values()) + 1):
+        for name in [name for name, rounds in counted.items() if repeat <= rounds]:
             pipes[name].send(True)
             row = pipes[name].recv()
-            if repeat:
+            if repeat or not counted[name]:
                 rows[name].append(row)
             print(f"  {name:3s} round {repeat}: train {row[0]:7.3f} s, evaluate {row[1]:6.3f} s", flush=True)
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
         process.join()
-    return {name: _summary(rows[name]) for name in names}
+    return {name: _summary(rows[name]) for name in counted}
 
 
 def _summary(rows: list[tuple]) -> dict:
@@ -105,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
-    parser.add_argument("--contenders", help="of a,b,c,d,d+; default: as each case says")
+    parser.add_argument("--contenders", default="a,b,c,d,d+", help="comma-separated, of: a,b,c,d,d+")
     parser.add_argument("--repeats", type=int, help="counted rounds of each contender")
     parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bf16"])
     parser.add_argument("--write", action="store_true", help="record benchmarks/engine_<device>.json")
@@ -114,10 +116,11 @@ def main() -> None:
     for name in given.cases.split(","):
         if name in NEEDS_GPU and given.device == "cpu" and given.cases == parser.get_default("cases"):
             continue
-        settings, repeats, usual = CASES[name]
+        settings, counted = CASES[name]
+        counted = {way: given.repeats or counted[way] for way in given.contenders.split(",")}
         config = Config(**{**FEDDIP, **settings, "device": given.device, "precision": given.precision})
         print(f"{name}: {config.local_epochs} local epochs, {config.precision}", flush=True)
-        table[name] = measure(config, (given.contenders or usual).split(","), given.repeats or repeats)
+        table[name] = measure(config, counted)
         table[name]["settings"] = settings
     facts = provenance(torch.device(given.device), torch.get_num_threads(), precision=given.precision)
     text = json.dumps(plain({"table": table, "provenance": facts}), indent=1)

@@ -74,6 +74,9 @@ class Config:
     partition: str = setting("iid", one_of("iid", "pathological", "dirichlet"), "how data is dealt to clients")
     classes_per_client: int = setting(2, integer(1), "classes a client has, pathological partition")
     alpha: float = setting(0.5, real("(0, inf)"), "concentration of the Dirichlet partition")
+    validation: float = setting(
+        0.0, real("[0, 1)"), "share of each class's training samples held out, and evaluated on instead of the test set"
+    )
     seed: int = setting(0, integer(0, 2**63 - 1), "of every random draw")
     preset: str = setting("paper", one_of("paper", "repo", "memory"), "reading of the method's sources")
     method_options: dict[str, Any] = setting(

@@ -14,8 +14,8 @@ from .checks import nearest
 from .datafiles import KEYS, read_arrays
 from .partition import Split, partition_dirichlet, partition_iid, partition_pathological
 
-__all__ = ["DATASETS", "Dataset", "Split", "augment", "crop", "draw_crops", "fit_images", "load_dataset", "normalise"]
-__all__ += ["partition_dirichlet", "partition_iid", "partition_pathological"]
+__all__ = ["DATASETS", "Dataset", "Split", "augment", "crop", "draw_crops", "fit_images", "hold_out", "load_dataset"]
+__all__ += ["normalise", "partition_dirichlet", "partition_iid", "partition_pathological"]
 
 PAD = 4  # pixels around a CIFAR image before the random crop
 OFFSETS = 2 * PAD + 1
@@ -135,6 +135,25 @@ def fit_images(dataset: Dataset, channels: int, size: int) -> Dataset:
         return F.pad(images, border).expand(-1, channels, -1, -1).contiguous()
 
     return replace(dataset, train_images=fit(dataset.train_images), test_images=fit(dataset.test_images))
+
+
+def hold_out(dataset: Dataset, share: float, generator: torch.Generator) -> Dataset:
+    """The data set with a random `share` of each class's training samples in place of its test set, in their order:
+    for choosing settings without a look at the test set.
+
+    Raises:
+        ValueError: a class would have no sample on one of the two sides.
+    """
+    held = torch.zeros(len(dataset.train_labels), dtype=torch.bool)
+    for label in range(dataset.classes):
+        own = (dataset.train_labels == label).nonzero()[:, 0]
+        count = round(share * len(own))
+        if not 0 < count < len(own):
+            raise ValueError(f"validation: {share} is not valid; class {label} has {len(own)} training samples")
+        held[own[torch.randperm(len(own), generator=generator)[:count]]] = True
+    images, labels = dataset.train_images, dataset.train_labels
+    left = {"train_images": images[~held], "train_labels": labels[~held]}
+    return replace(dataset, **left, test_images=images[held], test_labels=labels[held])
 
 
 def normalise(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:

@@ -28,14 +28,21 @@ NAMES = {name: title_of(name) for name in METHODS} | {
 }  # fmt: skip
 """How methods (in the order of legends and tables), data sets and models are written."""
 
+FAMILIES = ("dense to dense", "dense to sparse", "sparse to sparse")
+"""How the slides sort methods: what the model is at the start and at the end."""
+HEADLINE = ("fedavg", "feddp", "feddip")
+"""The methods of the paper's own question, which figures and tables of a data set show first."""
+
 _OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
 _SPLIT = ("partition", "classes_per_client", "alpha")
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *_SPLIT, *UNHASHED}
 _SHARED = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config) if item.name not in _ALONE]
 _IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity", "lr_decay"}
 _LONG = 100  # rounds from which on a run shows its own progress
-ADDED = ("label", "split", "setting", "mib")
+ADDED = ("label", "split", "setting", "changed", "mib")
 """The columns that `describe` adds."""
+FORMS = ("", "upload", "variant")
+"""What `changed` says of a method, or of another form of it; anything else is an ablation."""
 
 
 def data_root() -> Path:
@@ -44,7 +51,7 @@ def data_root() -> Path:
 
 
 def profile_queue(profile: str, **wanted) -> list[Config]:
-    """The runs of `params/<profile>.yaml` whose fields have the `wanted` values, in order of value.
+    """The runs of `params/<profile>.yaml` whose fields have the `wanted` values (or one of several), in order of value.
 
     Raises:
         ValueError: no such profile.
@@ -52,7 +59,7 @@ def profile_queue(profile: str, **wanted) -> list[Config]:
     if profile not in PROFILES:
         raise ValueError(f"PROFILE: {profile!r} is not valid; expected one of {', '.join(PROFILES)}")
     queue = load_profile(ROOT / "params" / f"{profile}.yaml")
-    return [config for config in queue if all(getattr(config, name) == value for name, value in wanted.items())]
+    return [config for config in queue if all(getattr(config, name) in _any(of) for name, of in wanted.items())]
 
 
 def train(configs: Iterable[Config], folder: Path) -> pd.DataFrame:
@@ -68,41 +75,42 @@ def train(configs: Iterable[Config], folder: Path) -> pd.DataFrame:
     return describe(results[results["run_id"].isin([config.run_id for config in configs])])
 
 
-def recorded(profile: str, **wanted) -> pd.DataFrame:
-    """The runs in `results/<profile>/` whose configuration has the `wanted` values, as `describe` returns them."""
-    results = load_results(ROOT / "results" / profile)
+def recorded(profile: str, folder: Path | None = None, **wanted) -> pd.DataFrame:
+    """The runs in `<folder>/<profile>/` (default: `results/`) whose configuration has the `wanted` values (or one of
+    several), as `describe` returns them."""
+    results = load_results((folder or ROOT / "results") / profile)
     for name, value in wanted.items():
-        results = results[results[name] == value] if name in results else results.iloc[:0]
+        results = results[results[name].isin(_any(value))] if name in results else results.iloc[:0]
     return describe(results)
 
 
-def main_runs(profile: str) -> dict[str, pd.DataFrame]:
+def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFrame]:
     """The recorded main comparisons of a profile: `<model>_<dataset>` -> runs, in the order of its queue.
 
-    They share the setting of the first recorded run of that model and data set in the queue, and leave out methods
-    with changed options (ablations).
+    They share the setting of the first recorded run of that model and data set in the queue; ablations are left out.
     """
-    results, found = recorded(profile), {}
+    results, found = recorded(profile, folder), {}
     for config in profile_queue(profile):
         name = f"{config.model}_{config.dataset}"
         own = results[results["run_id"] == config.run_id]
         if name not in found and len(own):
             alike = results["setting"] == own["setting"].iloc[0]
-            found[name] = results[alike & ~results["label"].str.contains(" = ", regex=False)]
+            found[name] = results[alike & results["changed"].isin(FORMS)]
     return found
 
 
 def describe(results: pd.DataFrame) -> pd.DataFrame:
     """`load_results` with the columns that people read.
 
-    `label` names the method with its preset and whatever differs from it, `split` the partition, `setting` all that
-    runs must share to be compared; `mib` is what has travelled up to and including the round, in MiB, both ways.
+    `label` names the method with its preset and whatever differs from it, `changed` the names of that, `split` the
+    partition, `setting` all that runs must share to be compared; `mib` is what has travelled up to and including the
+    round, in MiB, both ways.
     """
     if results.empty:
         configuration = [item.name for item in fields(Config)]
         return results.reindex(columns=[*dict.fromkeys([*results.columns, *configuration, *ADDED])])
     first = results.drop_duplicates("run_id").set_index("run_id")
-    words = {"label": _label, "split": _split, "setting": _setting}
+    words = {"label": _label, "split": _split, "setting": _setting, "changed": lambda row: ", ".join(_changed(row))}
     named = {name: results["run_id"].map(first.apply(function, axis=1)) for name, function in words.items()}
     travelled = (results["up_bytes"] + results["down_bytes"]).groupby(results["run_id"]).cumsum()
     return results.assign(**named, mib=travelled / 2**20)
@@ -119,13 +127,21 @@ def splits(results: pd.DataFrame) -> list[str]:
     return sorted(results["split"].unique(), key=lambda split: (split != "IID", split))
 
 
-def _label(row: pd.Series) -> str:
+def _any(value) -> list | tuple:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _changed(row: pd.Series) -> dict[str, object]:
+    """The method's settings that differ from those of its preset."""
     usual = Config(method=row["method"], preset=row["preset"], target_sparsity=row["target_sparsity"]).resolved()
     differing = {name: row[name] for name in _OWN if _differs(row[name], getattr(usual, name))}
     options = json.loads(row["method_options"])
-    differing |= {name: value for name, value in options.items() if value != usual.method_options[name]}
+    return differing | {name: value for name, value in options.items() if value != usual.method_options[name]}
+
+
+def _label(row: pd.Series) -> str:
     notes = [] if row["preset"] == "paper" else [row["preset"]]
-    notes += [f"{name} = {_short(value)}" for name, value in differing.items()]
+    notes += [f"{name} = {_short(value)}" for name, value in _changed(row).items()]
     name = NAMES.get(row["method"], row["method"])
     return f"{name} ({', '.join(notes)})" if notes else name
 

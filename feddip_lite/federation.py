@@ -13,6 +13,7 @@ from .data import (
     Dataset,
     Split,
     fit_images,
+    hold_out,
     load_dataset,
     normalise,
     partition_dirichlet,
@@ -23,7 +24,7 @@ from .layout import FlatModel, Layout
 from .methods import Method, build_method
 from .methods.base import Context
 from .models import INPUT_SHAPES, build_model, empty_model, num_stages
-from .seeds import derive, numpy_generator
+from .seeds import derive, numpy_generator, torch_generator
 from .server import Clients, ServerState, initial_state
 from .workers import Workers, keep_freed_memory, num_workers
 
@@ -39,6 +40,8 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     device = _device(config)
     keep_freed_memory()
     data = load_dataset(config.dataset)
+    if config.validation:
+        data = hold_out(data, config.validation, torch_generator(config.seed, "validation"))
     if config.model in INPUT_SHAPES:
         data = fit_images(data, *INPUT_SHAPES[config.model])
     split = split_of(data, config)

@@ -20,8 +20,9 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .experiments import labels, splits
-from .results import ROOT, atomic_write, interval
+from .experiments import FAMILIES, labels, splits
+from .methods import METHODS
+from .results import HEADLINE_ROWS, ROOT, atomic_write, headline, interval
 
 COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers; a method has the same colour everywhere
     "fedavg": "#000000", "fedprox": "#8c8c8c", "feddp": "#0072b2", "feddip": "#d55e00", "feddst": "#009e73",
@@ -44,6 +45,7 @@ AXES = {
     "pruning_error": r"pruning error, share of $\Vert w \Vert^2$", "loss": "cross-entropy, whole test set",
 }  # fmt: skip
 
+MARKERS = dict(zip(FAMILIES, (("o", "circle"), ("s", "square"), ("^", "triangle")), strict=True))
 DRAWN = {"sparsity": "steps-post", "penalty": "steps-post"}  # constant from one row to the next
 
 
@@ -126,21 +128,72 @@ def column_panels(results: pd.DataFrame, columns: Sequence[str], title: str) -> 
     return figure
 
 
-def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str) -> None:
+@styled
+def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mib")) -> Figure:
+    """Accuracy of all methods of one setting and partition, a row per family as the slides sort them; FedAvg and
+    FedDIP are in each, presets are left out. Smoothed as the headline value is: means of the last ten rounds."""
+    results = results[(results["preset"] == "paper") & (results["changed"] != "upload")]
+    figure, axes = grid(len(FAMILIES), len(x), 5.6, 3.2)
+    for row, family in enumerate(FAMILIES):
+        own = results[results["method"].isin([*_of_family(family), "fedavg", "feddip"])]
+        for panel, name in zip(axes[row], x, strict=True):
+            _methods(panel, own, name, "accuracy", window=HEADLINE_ROWS)
+            panel.set_ylabel(f"accuracy, mean of {HEADLINE_ROWS} rounds")
+        axes[row][0].set_title(family, loc="left", fontweight="bold")
+        axes[row][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{title}; {results['split'].iloc[0]}\n{results['setting'].iloc[0]}", x=0.01, ha="left")
+    return figure
+
+
+@styled
+def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
+    """Final accuracy against all bytes of the run, a panel per partition, a point per method: its marker tells the
+    family, its bar the 95 % interval over seeds (three or more). Further up and further left is better."""
+    runs, rows = headline(results), splits(results)
+    figure, axes = grid(1, len(rows), 4.4, 4.4)
+    for panel, split in zip(axes[0], rows, strict=True):
+        for label in labels(runs):
+            own = runs[(runs["label"] == label) & (runs["split"] == split)]
+            if own.empty:
+                continue
+            mean, half = interval(own["accuracy"])
+            look, about = look_of(own), METHODS[own["method"].iloc[0]].about
+            filled = {"-": look["color"]}.get(look["linestyle"], "white")
+            mark = {"marker": MARKERS[about.family][0], "color": look["color"], "markerfacecolor": filled}
+            name, half = f"{label} (n = {len(own)})", None if np.isnan(half) else half
+            panel.errorbar(own["mib"].mean(), mean, half, label=name, linestyle="none", markersize=7, **mark)
+        panel.set(xscale="log", xlabel="MiB in the whole run, up + down (log)", ylabel="final accuracy", title=split)
+        panel.xaxis.set_major_formatter("{x:g}")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    shapes = ", ".join(f"{shape} {family}" for family, (_, shape) in MARKERS.items())
+    words = f"{results['setting'].iloc[0]}\n{shapes}; hollow: a preset or form of a method"
+    figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")
+    return figure
+
+
+def _of_family(family: str) -> list[str]:
+    return [name for name, method in METHODS.items() if method.about.family == family]
+
+
+def look_of(runs: pd.DataFrame) -> dict[str, str]:
+    """The colour of these runs' method and the line of their preset or form."""
+    method, preset, changed = (runs[name].iloc[0] for name in ("method", "preset", "changed"))
+    line = "-." if changed else {"repo": "--", "memory": ":"}.get(preset, "-")
+    return {"color": COLOURS.get(method, INK), "linestyle": line}
+
+
+def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str, window: int = 1) -> None:
     for label in labels(results):
         own = results[results["label"] == label]
-        method, preset = own["method"].iloc[0], own["preset"].iloc[0]
-        variant = f"{label}(".split("(")[1] not in ("", f"{preset})")
-        line = "-." if variant else {"repo": "--", "memory": ":"}.get(preset, "-")
-        look = {"color": COLOURS.get(method, INK), "linestyle": line, "drawstyle": DRAWN.get(y, "default")}
-        _over_seeds(panel, own, x, y, label, look)
+        look = {**look_of(own), "drawstyle": DRAWN.get(y, "default")}
+        _over_seeds(panel, own, x, y, label, look, window)
     panel.set(xlabel=AXES[x], ylabel=AXES[y])
     panel.set_xlim(left=0)
 
 
-def _over_seeds(panel: Axes, runs: pd.DataFrame, x: str, y: str, label: str, look: dict) -> None:
-    """One method: mean and interval for three seeds or more, else a thin line per seed."""
-    values = runs.pivot_table(index="round", columns="seed", values=y)
+def _over_seeds(panel: Axes, runs: pd.DataFrame, x: str, y: str, label: str, look: dict, window: int) -> None:
+    """One method: mean and interval for three seeds or more, else a thin line per seed; of `window` rows together."""
+    values = runs.pivot_table(index="round", columns="seed", values=y).rolling(window, min_periods=1).mean()
     places = runs.groupby("round")[x].mean() if x != "round" else values.index.to_series()
     count = values.shape[1]
     if count < 3:

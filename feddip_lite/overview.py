@@ -6,6 +6,8 @@ import inspect
 import json
 from pathlib import Path
 
+import yaml
+
 from .methods import METHODS
 
 DAGGER = "†"
@@ -21,6 +23,17 @@ def title_of(name: str) -> str:
     """A method as the literature spells it, with a dagger if it is a reconstruction."""
     about = METHODS[name].about
     return about.title + DAGGER * bool(about.assumed)
+
+
+def settings_table(path: Path) -> str:
+    """Markdown: each method's own settings, their values and sources, from `params/methods.yaml`."""
+    rows = ["| method | preset | setting | value | source |", "|" + " --- |" * 5]
+    for name, presets in yaml.safe_load(path.read_text()).items():
+        for preset, settings in presets.items():
+            for setting, (value, source) in settings.items():
+                shown = "from another" if value is None else f"`{value}`"
+                rows.append(f"| {title_of(name)} | `{preset}` | `{setting}` | {shown} | {source} |")
+    return "\n".join(rows)
 
 
 def methods_table() -> str:
@@ -51,6 +64,9 @@ def benchmark_section(folder: Path) -> str:
     path = folder / "growth_cpu.json"
     if path.exists():
         parts += [_growth(json.loads(path.read_text())["rows"])]
+    path = folder / "masks_cpu.json"
+    if path.exists():
+        parts += [_masks(json.loads(path.read_text())["rows"])]
     return "\n\n".join([*parts, WHAT_D_PLUS_IS] if parts else ["Nothing measured yet."])
 
 
@@ -90,4 +106,13 @@ def _growth(rows: list[dict]) -> str:
         f"LeNet-5 on Fashion-MNIST over {clients} clients: peak memory {peaks} MiB; start-up with "
         f"{by_clients[-1]['clients']} clients {by_clients[-1]['start_s']:.1f} s. Training costs {min(per_step):.2f} to "
         f"{max(per_step):.2f} ms a step, whether clients per round go from 5 to 20 or local epochs from 1 to 10."
+    )
+
+
+def _masks(rows: list[dict]) -> str:
+    millions = rows[0]["prunable"] / 1e6
+    each = ", ".join(f"{row['per_round_s']:.2f} s at sparsity {row['sparsity']:g}" for row in rows)
+    return (
+        f"Choosing and coding a mask of AlexNet's {millions:.1f} million prunable weights every fifth round costs the "
+        f"server, per round: {each}."
     )

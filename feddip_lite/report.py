@@ -5,14 +5,16 @@ Statistics: 95 % Student t intervals over seeds; with fewer than three seeds the
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from .experiments import PROFILES, describe, labels, splits
+from .experiments import PROFILES, labels, main_runs, splits
 from .overview import benchmark_section, methods_table
-from .results import atomic_write, headline, interval, load_results, read_run
+from .results import atomic_write, headline, interval, read_run
 
 CLAIMS = (  # column, method, reference, claim of the slides, supporting side, verdict if an interval has both sides
     ("accuracy", "FedDIP", "FedAvg", "as accurate as FedAvg at this sparsity", +1, "no loss shown and no gain"),
@@ -110,12 +112,44 @@ def circumstances(folder: Path, results: pd.DataFrame) -> str:
     return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {each(lambda fact: fact['torch'])}."
 
 
+def ranking(results: pd.DataFrame) -> str:
+    """Markdown: each method's place by final accuracy, seed by seed, for one setting and partition, and how well the
+    seeds agree: Kendall's tau of each pair (1 = the same order, 0 = unrelated) over the methods that both have."""
+    runs = headline(results)
+    accuracy = runs.pivot_table(index="label", columns="seed", values="accuracy")
+    accuracy = accuracy.loc[accuracy.mean(axis=1).sort_values(ascending=False).index]
+    places = accuracy.rank(ascending=False).map(lambda place: "-" if np.isnan(place) else f"{place:.0f}")
+    lines = [
+        "| method | " + " | ".join(f"seed {seed}" for seed in accuracy) + " |",
+        "|" + " --- |" * (1 + len(places.columns)),
+    ]
+    lines += [f"| {label} | {' | '.join(row)} |" for label, row in zip(places.index, places.to_numpy(), strict=True)]
+    agreeing = []
+    for one, other in combinations(accuracy, 2):
+        both = accuracy[[one, other]].dropna()
+        if len(both) > 2:
+            tau = stats.kendalltau(both[one], both[other]).statistic
+            agreeing.append(f"{tau:.2f} (seeds {one} and {other}, {len(both)} methods)")
+    said = "Kendall's tau: " + ", ".join(agreeing) if agreeing else "One seed so far: nothing to compare"
+    return "\n".join([*lines, "", f"{said}."])
+
+
+def frontier(results: pd.DataFrame) -> str:
+    """Markdown: the methods of one setting and partition that no other beats in final accuracy and bytes at once,
+    by their means over seeds."""
+    means = headline(results).groupby("label")[["accuracy", "mib"]].mean().sort_values("mib")
+    best = means["accuracy"].cummax()
+    front = means[(means["accuracy"] == best) & ~best.duplicated()]
+    found = ", ".join(f"{label} ({row['accuracy']:.4f}, {row['mib']:.0f} MiB)" for label, row in front.iterrows())
+    return f"No other method is more accurate for fewer bytes than: {found}."
+
+
 def results_section(folder: Path) -> str:
     """Everything between the README's markers: a table per profile and setting, with circumstances and verdicts."""
     parts = []
     for profile in PROFILES:
-        for setting, group in describe(load_results(folder / profile)).groupby("setting", sort=False):
-            parts += [f"**{setting}** (profile `{profile}`)", results_table(group)]
+        for group in main_runs(profile, folder).values():
+            parts += [f"**{group['setting'].iloc[0]}** (profile `{profile}`)", results_table(group)]
             parts += [circumstances(folder / profile, group), agreement(group)]
     return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
 

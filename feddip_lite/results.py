@@ -121,6 +121,11 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     return history.astype({name: int if name in INTEGER_COLUMNS else float for name in history}), record
 
 
+def config_of(record: Mapping) -> dict:
+    """The configuration of a stored run; fields that are younger than it have the default, which it ran under."""
+    return {**asdict(Config()), **record["config"]}
+
+
 def load_results(folder: str | Path) -> pd.DataFrame:
     """All complete runs of a folder: a row per evaluated round, with the run's id and configuration in columns.
 
@@ -133,7 +138,7 @@ def load_results(folder: str | Path) -> pd.DataFrame:
     frames = []
     for path in sorted(Path(folder).glob("*.json")):
         history, record = read_run(path.parent, path.stem)
-        config = dict(record["config"])
+        config = config_of(record)
         config["initial_lr"] = config.pop("lr")
         config["method_options"] = json.dumps(config["method_options"], sort_keys=True)
         frames.append(history.assign(run_id=record["run_id"], **config))

@@ -63,6 +63,8 @@ WRONG = [
     (["--classes-per-client=1", "--partition=pathological"], "classes_per_client", "classes_per_client=1"),
     (["--classes-per-client=11", "--partition=pathological"], "classes_per_client: 11", "[1, 10]"),
     (["--alpha=0"], "alpha: 0", "a number in (0, inf)"),
+    (["--validation=1"], "validation: 1", "a number in [0, 1)"),
+    (["--validation=0.001"], "validation: 0.001", "class 0 has"),
     (["--alpha=1e7", "--partition=dirichlet"], "alpha: 10000000.0", "a number in (0, 1e6]"),
     (["--seed=-1"], "seed: -1", "an integer in [0, 9223372036854775807]"),
     (["--seed=9223372036854775808"], "seed: 9223372036854775808", "an integer in [0, 9223372036854775807]"),

@@ -68,7 +68,8 @@ def test_runs_on_one_side_only_are_named_and_no_common_run_is_an_error(tmp_path,
     record(tmp_path / "fresh", [0.80], rounds=10)
     assert compare(tmp_path) == 1
     said = capsys.readouterr().out
-    assert "recorded only: feddip 1000 seed 0" in said and "fresh only: feddip 10 seed 0" in said
+    assert "recorded only: feddip paper digits iid lenet5 1000 seed 0" in said
+    assert "fresh only: feddip paper digits iid lenet5 10 seed 0" in said
     assert "nothing to compare" in said
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from feddip_lite.data import Dataset, augment, fit_images, load_dataset, normalise
+from feddip_lite.data import Dataset, augment, fit_images, hold_out, load_dataset, normalise
 
 FEDDIP_DATA = os.environ.get("FEDDIP_DATA")
 needs_data = [pytest.mark.data, pytest.mark.skipif(not FEDDIP_DATA, reason="FEDDIP_DATA is not set")]
@@ -228,3 +228,23 @@ class TestRealFiles:
     def test_a_repacked_cifar100_says_that_it_is_a_re_split(self):
         data = load_dataset("cifar100")
         assert ("re-split" in data.source) == (data.variant == "packed")
+
+
+# ---- held-out training samples
+
+
+def test_held_out_samples_are_a_share_of_each_class_and_the_rest_is_left(digits):
+    held = hold_out(digits, 0.25, torch.Generator().manual_seed(3))
+    labels = digits.train_labels
+    for label in range(digits.classes):
+        count = int((labels == label).sum())
+        assert int((held.test_labels == label).sum()) == round(0.25 * count)
+        assert int((held.train_labels == label).sum()) == count - round(0.25 * count)
+    both = torch.cat([held.train_images, held.test_images]).flatten(1).tolist()
+    assert sorted(both) == sorted(digits.train_images.flatten(1).tolist())
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_holding_out_nothing_or_all_of_a_class_is_refused(digits, share):
+    with pytest.raises(ValueError, match=f"validation: {share} is not valid; class 0 has"):
+        hold_out(digits, share, torch.Generator())

@@ -2,14 +2,15 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import FAST, tiny_config
 
 from feddip_lite import drawings, experiments
 from feddip_lite.experiments import NAMES, describe, labels, main_runs, profile_queue, recorded, train
-from feddip_lite.figures import COLOURS, accuracy_curves, column_panels, save_figure
+from feddip_lite.figures import COLOURS, accuracy_curves, accuracy_for_bytes, column_panels, families, save_figure
 from feddip_lite.methods import METHODS
-from feddip_lite.report import agreement, markers, paired, quantity, results_section, write_section
+from feddip_lite.report import agreement, frontier, markers, paired, quantity, ranking, results_section, write_section
 from feddip_lite.results import headline, load_results
 
 BEGIN, END = markers("part")
@@ -95,6 +96,25 @@ def test_column_panels_leave_out_rounds_without_a_value(results):
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
 
 
+def test_families_put_each_method_in_its_row_beside_fedavg_and_feddip(results):
+    figure = families(results[results["split"] == "IID"], "Tiny", x=["round"])
+    rows = [[text.get_text().split(" (n")[0] for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert rows == [["FedAvg", "FedDIP", "FedDIP (mask_interval = 1, penalty_max = 0.5)"]] * 3
+
+
+def test_points_lie_at_final_accuracy_and_total_bytes_with_an_interval_from_three_seeds_on(results):
+    runs = only(results, "FedAvg", "FedDIP (repo)")
+    axes = accuracy_for_bytes(runs, "Tiny").axes[0]
+    drawn = {bar.get_label(): bar for bar in axes.containers}
+    assert {name: bar.has_yerr for name, bar in drawn.items()} == {
+        "FedAvg (n = 3)": True,
+        "FedDIP (repo) (n = 1)": False,
+    }
+    repo = headline(only(results, "FedDIP (repo)"))
+    point = drawn["FedDIP (repo) (n = 1)"].lines[0].get_xydata()
+    assert np.allclose(point, repo[["mib", "accuracy"]].to_numpy())
+
+
 def test_every_method_has_a_name_and_a_colour_of_its_own():
     assert set(METHODS) <= set(NAMES) and set(METHODS) <= set(COLOURS)
     assert len(set(COLOURS.values())) == len(COLOURS)
@@ -136,7 +156,8 @@ def test_nothing_recorded_is_an_empty_frame_with_the_same_columns(results, monke
 def test_main_runs_leave_ablations_out(folder, monkeypatch):
     monkeypatch.setattr(experiments, "ROOT", folder.parent)
     monkeypatch.setattr(experiments, "profile_queue", lambda profile: QUEUE)
-    assert labels(main_runs("lite")["lenet5_digits"]) == ["FedAvg", "FedDIP", "FedDIP (repo)"]
+    forms = ["FedAvg", "FedDIP", "FedDIP (repo)", "FedDIP (upload = masked)"]
+    assert labels(main_runs("lite")["lenet5_digits"]) == forms
 
 
 def test_an_unknown_profile_is_refused_by_name():
@@ -172,6 +193,34 @@ def test_quantities_below_three_seeds_have_no_interval():
     assert quantity([]) == "-"
 
 
+def twice(results, accuracy):
+    """Seed 0's runs, and as seed 1 the same runs with another accuracy."""
+    first = results[(results["seed"] == 0) & (results["split"] == "IID")]
+    first = first.assign(accuracy=first.groupby("run_id").ngroup() / 10)
+    other = first.assign(seed=1, run_id=first["run_id"] + "x", accuracy=accuracy(first["accuracy"]))
+    return pd.concat([first, other])
+
+
+def test_seeds_of_one_order_agree_and_of_opposite_order_disagree(results):
+    same, opposite = ranking(twice(results, lambda value: value / 2)), ranking(twice(results, lambda value: 1 - value))
+    methods = headline(twice(results, abs))["label"].nunique()
+    assert f"Kendall's tau: 1.00 (seeds 0 and 1, {methods} methods)" in same
+    assert f"Kendall's tau: -1.00 (seeds 0 and 1, {methods} methods)" in opposite
+    places = [row.split("|")[2:4] for row in same.splitlines()[2 : 2 + methods]]
+    assert all(a == b for a, b in places) and sorted(int(a) for a, _ in places) == list(range(1, methods + 1))
+    assert "One seed so far" in ranking(only(results, "FedAvg", "FedDIP (repo)", seeds=(0,)))
+
+
+def test_the_frontier_holds_whom_nobody_beats_in_both(results):
+    runs = headline(results[(results["split"] == "IID") & (results["seed"] == 0)])
+    said = frontier(results[results["run_id"].isin(runs["run_id"])])
+    for _, own in runs.iterrows():
+        beaten = ((runs["accuracy"] > own["accuracy"]) & (runs["mib"] < own["mib"])).any()
+        ties = ((runs["accuracy"] >= own["accuracy"]) & (runs["mib"] <= own["mib"])).sum() > 1
+        assert beaten or ties or f"{own['label']} ({own['accuracy']:.4f}, " in said
+        assert not beaten or f"{own['label']} ({own['accuracy']:.4f}, " not in said
+
+
 def test_there_is_a_verdict_for_three_seeds_and_none_for_two(results):
     three = agreement(only(results, "FedAvg", "FedDIP"))
     assert "FedDIP / FedAvg, total bytes" in three and three.count("no verdict") == 1  # FedDP was not run
@@ -179,7 +228,8 @@ def test_there_is_a_verdict_for_three_seeds_and_none_for_two(results):
     assert agreement(only(results, "FedAvg", "FedDIP", seeds=(0, 1))).count("no verdict") == 3
 
 
-def test_the_table_has_the_numbers_of_the_runs(folder, results):
+def test_the_table_has_the_numbers_of_the_runs(folder, results, monkeypatch):
+    monkeypatch.setattr(experiments, "profile_queue", lambda profile: QUEUE)
     section = results_section(folder)
     run = only(results, "FedDIP", seeds=(0,))
     whole, dense = (headline(only(results, name)) for name in ("FedDIP", "FedAvg"))

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import yaml
 from conftest import FAST, TINY, flags, names, read_outputs, tiny_config
 
 from feddip_lite.__main__ import main
+from feddip_lite.methods import METHODS, settings_of
 from feddip_lite.profiles import load_profile
 from feddip_lite.results import ROOT
 
@@ -97,3 +99,15 @@ def test_profile_that_is_not_text_is_refused_by_name(tmp_path, capsys):
     (tmp_path / "binary.yaml").write_bytes(b"queue: \xff\xfe")
     assert main(["sweep", str(tmp_path / "binary.yaml"), f"--results={tmp_path / 'results'}"]) == 2
     assert "binary.yaml: not valid" in read_outputs(capsys)[1][0]
+
+
+def test_every_setting_of_every_method_has_its_value_and_its_source():
+    """`params/methods.yaml` says what the code holds: all of `paper`, and what each other preset changes."""
+    documented = yaml.safe_load((ROOT / "params" / "methods.yaml").read_text())
+    assert list(documented) == list(METHODS)
+    for name, method in METHODS.items():
+        assert list(documented[name]) == list(method.presets)
+        values = {preset: {key: value for key, (value, _) in own.items()} for preset, own in documented[name].items()}
+        assert values.pop("paper") == settings_of(name, "paper")
+        assert values == {preset: dict(changed) for preset, changed in method.presets.items() if preset != "paper"}
+        assert all(source.strip() for own in documented[name].values() for _, source in own.values())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from feddip_lite.results import read_run
+from feddip_lite.results import config_of, read_run
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
@@ -36,7 +36,7 @@ def load(folder: Path) -> Groups:
     groups: Groups = {}
     for path in sorted(folder.glob("*.json")):
         _, run = read_run(folder, path.stem)
-        config = {key: value for key, value in run["config"].items() if key not in NOT_THE_EXPERIMENT}
+        config = {key: value for key, value in config_of(run).items() if key not in NOT_THE_EXPERIMENT}
         entry = (run["run_id"], run["config"]["seed"], run["final"]["mean_last_10"]["accuracy"])
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(entry)
     return {key: sorted(runs, key=lambda run: run[1]) for key, runs in groups.items()}

@@ -1,0 +1,70 @@
+"""What it costs the server to choose a mask and to code it, at AlexNet's size: `python benchmarks/masks.py [--write]`.
+
+A pruning event chooses the top of |w|, finds the indices of the kept weights and codes the mask for the download; it
+happens every R = 5 rounds. Weights are those of an initialised AlexNet under a little noise.
+`--write` records benchmarks/masks_cpu.json, from which a line of the README is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from feddip_lite.config import Config
+from feddip_lite.engine import running
+from feddip_lite.layout import Layout, kept_indices
+from feddip_lite.message import Message, num_bytes
+from feddip_lite.models import build_model
+from feddip_lite.results import provenance
+from feddip_lite.sparsity import num_kept, topk_mask
+
+INTERVAL = 5  # rounds between pruning events (FedDIP's R)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+REPEATS = 5
+
+
+def event(scores: torch.Tensor, sparsity: float) -> dict[str, float]:
+    """Seconds of one pruning event, step by step, and the bytes of the mask."""
+    times = [time.perf_counter()]
+    mask = topk_mask(scores, num_kept(sparsity, len(scores)))
+    times.append(time.perf_counter())
+    kept_indices(mask)
+    times.append(time.perf_counter())
+    size = num_bytes(Message(None, mask, {}))
+    times.append(time.perf_counter())
+    choose, index, code = (after - before for before, after in zip(times, times[1:], strict=False))
+    return {"choose_s": choose, "index_s": index, "code_s": code, "mask_bytes": size}
+
+
+def main() -> None:
+    """Measure every sparsity, print and record the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="record benchmarks/masks_cpu.json")
+    given = parser.parse_args()
+    module = build_model("alexnet", classes=10, width=1.0, channels=3, size=32, seed=0)
+    layout, rows = Layout.of(module, image_shape=(3, 32, 32)), []
+    parameters = {name: value.detach().flatten() for name, value in module.named_parameters()}
+    weights = torch.cat([parameters[slot.name] for slot in layout.prunable_slots])
+    draw = torch.Generator().manual_seed(1)
+    with running(Config()):
+        for sparsity in SPARSITIES:
+            each = []
+            for _ in range(REPEATS):
+                noise = torch.randn(len(weights), generator=draw) * weights.std() / 10
+                each.append(event((weights + noise).abs(), sparsity))
+            row = {name: statistics.median(one[name] for one in each) for name in each[0]}
+            total = row["choose_s"] + row["index_s"] + row["code_s"]
+            rows.append({"prunable": layout.prunable, "sparsity": sparsity, **row, "per_round_s": total / INTERVAL})
+            print(rows[-1], flush=True)
+    if given.write:
+        text = json.dumps({"rows": rows, "provenance": provenance(torch.device("cpu"), 1)}, indent=1)
+        (Path(__file__).parent / "masks_cpu.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
