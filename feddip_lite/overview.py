@@ -15,7 +15,7 @@ WHAT_D_PLUS_IS = (
     "**a** the published procedure, rebuilt from its description; **b** a careful PyTorch loop, one client after the "
     "other; **c** this package; **d** the bare forward and backward of stock operators on the same batches, clients "
     "side by side, and **d+** the same where malloc keeps freed memory, as under c. Seconds per round, training "
-    "and evaluation: median (minimum to maximum); d evaluates nothing, so **c/d** and **c/d+** compare training alone."
+    "and evaluation: median (minimum to maximum), or the one round measured; d evaluates nothing, so **c/d** and **c/d+** compare training alone."
 )
 
 
@@ -94,7 +94,8 @@ def _median(value) -> float:
 
 
 def _spread(value: dict) -> str:
-    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+    spread = f" ({value['min']:.2f} to {value['max']:.2f})" if value["min"] < value["max"] else ""
+    return f"{value['median']:.2f}{spread}"
 
 
 def _growth(rows: list[dict]) -> str:
