@@ -15,7 +15,8 @@ WHAT_D_PLUS_IS = (
     "**a** the published procedure, rebuilt from its description; **b** a careful PyTorch loop, one client after the "
     "other; **c** this package; **d** the bare forward and backward of stock operators on the same batches, clients "
     "side by side, and **d+** the same where malloc keeps freed memory, as under c. Seconds per round, training "
-    "and evaluation: median (minimum to maximum), or the one round measured; d evaluates nothing, so **c/d** and **c/d+** compare training alone."
+    "and evaluation: median (minimum to maximum), or the one round measured; d evaluates nothing, so **c/d** and "
+    "**c/d+** compare training alone."
 )
 
 
