@@ -13,8 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from .experiments import PROFILES, labels, main_runs, splits
-from .overview import benchmark_section, methods_table
-from .results import atomic_write, headline, interval, read_run
+from .results import headline, interval, read_run
 
 CLAIMS = (  # column, method, reference, claim of the slides, supporting side, verdict if an interval has both sides
     ("accuracy", "FedDIP", "FedAvg", "as accurate as FedAvg at this sparsity", +1, "no loss shown and no gain"),
@@ -145,35 +144,10 @@ def frontier(results: pd.DataFrame) -> str:
 
 
 def results_section(folder: Path) -> str:
-    """Everything between the README's markers: a table per profile and setting, with circumstances and verdicts."""
+    """Everything between the README's markers: a table per profile and setting, with its circumstances."""
     parts = []
     for profile in PROFILES:
         for group in main_runs(profile, folder).values():
             parts += [f"**{group['setting'].iloc[0]}** (profile `{profile}`)", results_table(group)]
-            parts += [circumstances(folder / profile, group), agreement(group)]
+            parts += [circumstances(folder / profile, group)]
     return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
-
-
-def generated_sections(root: Path) -> dict[str, str]:
-    """What the README's generated parts must say, by the name in their markers."""
-    benchmark = benchmark_section(root / "benchmarks")
-    return {"methods": methods_table(), "results": results_section(root / "results"), "benchmark": benchmark}
-
-
-def markers(name: str) -> tuple[str, str]:
-    """The lines before and after a generated part."""
-    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Put `text` between the markers `name` of a Markdown file; every other byte stays.
-
-    Raises:
-        ValueError: the file lacks a marker, or has one twice or in the wrong order.
-    """
-    begin, end = markers(name)
-    content = path.read_text(encoding="utf-8")
-    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
-        raise ValueError(f"{path.name}: needs the lines {begin} and {end}, once each and in this order")
-    before, after = content.split(begin)[0], content.split(end)[1]
-    atomic_write(path, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())

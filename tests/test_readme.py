@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from feddip_lite.__main__ import parser
+from feddip_lite.documents import generated_parts, markers
 from feddip_lite.methods import METHODS
-from feddip_lite.report import generated_sections, markers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "docs/design.md", "docs/deviations.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = ["README.md", "docs/design.md", "docs/deviations.md", "docs/claims.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -67,8 +67,9 @@ def test_every_method_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHODS)
 
 
-@pytest.mark.parametrize(("name", "text"), generated_sections(ROOT).items())
-def test_generated_parts_say_what_is_recorded(name, text):
-    """Numbers in the README are generated: notebook 12 was run after the last recorded run."""
+@pytest.mark.parametrize(("place", "text"), generated_parts(ROOT).items(), ids=lambda value: "-".join(value)[:30])
+def test_generated_parts_say_what_is_recorded(place, text):
+    """Numbers in README and docs are generated: notebook 12 was run after the last recorded run."""
+    (file, name), content = place, (ROOT / place[0]).read_text()
     begin, end = markers(name)
-    assert README.split(begin)[1].split(end)[0].strip() == text.strip()
+    assert content.split(begin)[1].split(end)[0].strip() == text.strip(), file

@@ -27,7 +27,7 @@ class FedDP(Method):
     `mask_interval` rounds a new global magnitude mask. Source: slides, Eq. 1-2; published code `fl_server.py`."""
 
     about = About(
-        "FedDP", "dense to sparse", "magnitude of the average", "global", True, "gradient at w*m, dense step",
+        "FedDP", "sparse to sparse", "magnitude of the average", "global", True, "gradient at w*m, dense step",
         "dense w", "w*m and m", "FedDIP without its penalty: arXiv 2309.06805; EricLoong/feddip",
     )  # fmt: skip
 

@@ -1,0 +1,87 @@
+"""Laws of verdicts: interval, side and threshold decide; partitions are counted; references are paired by seed."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from feddip_lite.claims import claims_table, measured, verdict
+from feddip_lite.experiments import NAMES
+from feddip_lite.results import ROOT, headline
+
+TIGHT, WIDE = np.array([0.10, 0.11, 0.12]), np.array([-0.1, 0.1, 0.3])
+ROUNDS = 24
+
+
+def runs(**accuracies):
+    """A run per label and seed, of constant accuracy: `FedDIP=[0.8, 0.7]` are two seeds."""
+    frames = []
+    for label, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            run = pd.DataFrame({"round": range(ROUNDS), "accuracy": accuracy, "loss": 1.0, "local_accuracy": np.nan})
+            facts = {"up_bytes": 3, "down_bytes": 10 + seed, "mib": 1.0, "mask_interval": 5, "mask_overlap": 0.5}
+            frames.append(run.assign(label=label, seed=seed, run_id=f"{label}{seed}", **facts))
+    return pd.concat(frames)
+
+
+@pytest.mark.parametrize(
+    ("values", "side", "threshold", "expected"),
+    [
+        ([TIGHT], "above", 0.0, "reproduced"),
+        ([TIGHT], "below", 0.0, "not reproduced"),
+        ([WIDE], "above", 0.0, "not reproduced"),  # its interval has both sides
+        ([TIGHT, WIDE], "above", 0.0, "partly"),
+        ([TIGHT, TIGHT], "between", [0.0, 0.2], "reproduced"),
+        ([TIGHT], "between", [0.0, 0.11], "not reproduced"),
+        ([TIGHT, TIGHT[:2]], "above", 0.0, "no verdict for n < 3"),
+    ],
+)
+def test_a_claim_holds_where_the_whole_interval_is_on_the_good_side(values, side, threshold, expected):
+    assert verdict(values, side, threshold) == expected
+
+
+def test_differences_are_paired_by_seed_and_go_to_the_best_reference_of_each_seed():
+    table = runs(FedDIP=[0.8, 0.7, 0.9], SNIP=[0.5, 0.9, 0.1], FedDST=[0.6, 0.2, 0.3])
+    measure = {"column": "accuracy", "of": "FedDIP", "to": ["SNIP", "FedDST"], "by": "difference"}
+    assert np.allclose(measured(table, measure), [0.8 - 0.6, 0.7 - 0.9, 0.9 - 0.3])
+    assert np.allclose(measured(table, {**measure, "to": ["SNIP"], "by": "ratio"}), [0.8 / 0.5, 0.7 / 0.9, 9.0])
+
+
+def test_seeds_without_all_runs_do_not_count_and_an_absent_method_leaves_nothing():
+    table = runs(FedDIP=[0.8, 0.7], FedAvg=[0.9])
+    measure = {"column": "accuracy", "of": "FedDIP", "to": ["FedAvg"], "by": "difference"}
+    assert len(measured(table, measure)) == 1
+    assert len(measured(table, {**measure, "to": ["MPFL†"]})) == 0
+
+
+def test_the_end_is_compared_with_the_best_ten_rounds_in_a_row():
+    table = runs(FedDIP=[0.5])
+    table.loc[table["round"].between(2, 11), "accuracy"] = 0.7
+    assert measured(table, {"column": "end_minus_best", "of": "FedDIP", "by": "value"}) == pytest.approx([0.5 - 0.7])
+
+
+def test_overlap_is_the_mean_over_the_rounds_that_choose_a_mask_but_the_first():
+    table = runs(FedDIP=[0.5])
+    table["mask_overlap"] = np.where(table["round"] % 5 == 0, table["round"] / 100, 1.0)
+    mean = np.mean([0.05, 0.10, 0.15, 0.20])
+    assert measured(table, {"column": "mask_overlap", "of": "FedDIP", "by": "value"}) == pytest.approx([mean])
+
+
+def test_bytes_are_those_of_the_whole_run():
+    table = runs(FedDIP=[0.5, 0.5])
+    measure = {"column": "down_bytes", "of": "FedDIP", "by": "value"}
+    assert measured(table, measure).tolist() == headline(table)["down_bytes"].tolist() == [10 * ROUNDS, 11 * ROUNDS]
+
+
+def test_without_results_nothing_is_claimed(tmp_path):
+    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml", "")
+    rows = [row for row in table.splitlines() if row.startswith("| ")][2:]
+    assert len(rows) >= 10 and all("not tested at this scale" in row for row in rows)
+
+
+def test_every_claim_names_known_methods_and_an_existing_notebook():
+    for claim in yaml.safe_load((ROOT / "params" / "claims.yaml").read_text())["claims"]:
+        measure = claim.get("measure", {})
+        assert {*measure.get("to", []), measure.get("of", "FedDIP")} <= set(NAMES.values())
+        assert "notebook" not in claim or (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
+        assert bool(measure) == ("good" in claim)
