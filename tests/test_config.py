@@ -105,7 +105,7 @@ def test_resolved_fills_none_with_the_methods_own_values():
     assert (config.initial_sparsity, config.mask_interval, config.penalty_max) == (0.5, 5, 1e-3)
     assert config.method_options == {
         "erk": "shared", "mask_source": "dense_average", "server_memory": False, "upload": "dense",
-        "lambda_schedule": "eq3",
+        "lambda_schedule": "eq3", "norm": "plain",
     }  # fmt: skip
     assert Config(method="fedprox").resolved().method_options == {"mu": 0.01}
     assert Config(method="feddp").resolved().penalty_max is None  # it has none

@@ -8,7 +8,7 @@ import torch
 from conftest import random_bools, random_vector, reply_of, state_of, tiny_config, tiny_data
 
 from feddip_lite.local import local_update
-from feddip_lite.methods.feddip import FedDIP, FedDP, add_norm_gradient_
+from feddip_lite.methods.feddip import FedDIP, FedDP, add_norm_gradient_, add_square_gradient_
 from feddip_lite.plan import LocalPlan
 from feddip_lite.schedules import penalty_at, published_penalty_at, sparsity_at
 from feddip_lite.sparsity import erk_densities, num_kept
@@ -189,13 +189,20 @@ def test_masked_upload_is_refused_with_server_memory(layout, options):
         method_of(layout, upload="masked", **options)
 
 
-def test_penalty_gradient_equals_autograd_of_the_sum_of_norms_of_masked_tensors(layout):
+@pytest.mark.parametrize(
+    ("add_gradient_", "of_tensor"),
+    [
+        (add_norm_gradient_, lambda tensor: tensor.norm()),
+        (add_square_gradient_, lambda tensor: tensor.square().sum() / 2),
+    ],
+)
+def test_penalty_gradient_equals_autograd_of_the_sum_over_masked_tensors(layout, add_gradient_, of_tensor):
     mask = random_bools(layout.prunable, 0.4)
     masked = layout.masked(random_vector(layout.size), mask).requires_grad_()
-    (0.3 * sum(slot.of(masked).norm() for slot in layout.prunable_slots)).backward()
+    (0.3 * sum(of_tensor(slot.of(masked)) for slot in layout.prunable_slots)).backward()
     gradient = random_vector(layout.size, seed=1)
     start = gradient.clone()
-    add_norm_gradient_(gradient, masked.detach(), layout, 0.3)
+    add_gradient_(gradient, masked.detach(), layout, 0.3)
     torch.testing.assert_close(gradient - start, masked.grad, atol=1e-6, rtol=1e-5)
     assert torch.equal(gradient[layout.prunable :], start[layout.prunable :])
     assert torch.equal(gradient[: layout.prunable][~mask], start[: layout.prunable][~mask])
@@ -222,6 +229,16 @@ def test_a_dead_layer_trains_on_without_nan(model, layout):
     result = local_update(model, plan, tiny_data(), torch.arange(12), tiny_config(batch_size=5), 0, 0)
     assert result.weights.isfinite().all()
     assert math.isfinite(result.loss)
+
+
+def test_a_constant_penalty_and_a_squared_norm_reach_the_clients(layout):
+    state = state_of(layout, torch.ones(layout.prunable, dtype=torch.bool), t=0)
+    method = method_of(layout, cls=FedDIP, penalty_max=0.5, lambda_schedule="constant", norm="squared")
+    plan = method.plan(method.offer(state, 0, 0), {}, 0)
+    gradient = torch.zeros(layout.size)
+    plan.add_gradient_(gradient, plan.weights, plan.weights)
+    assert torch.equal(gradient[: layout.prunable], 0.5 * plan.weights[: layout.prunable])
+    assert [method.penalty(t) for t in range(50)] == [0.5] * 50
 
 
 @pytest.mark.parametrize(("preset", "schedule"), [("paper", penalty_at), ("repo", published_penalty_at)])

@@ -106,7 +106,8 @@ class FedDP(Method):
 @dataclass(frozen=True)
 class FedDIP(FedDP):
     """FedDP with incremental regularisation: + lambda_t * sum over prunable tensors of ||w_l * m_l||_2, lambda_t
-    growing by steps (slides, Eq. 3). The norm is not squared, as in the published code (D3)."""
+    growing by steps (slides, Eq. 3). The norm is not squared, as in the published code; `norm` "squared" is
+    + lambda_t / 2 * ||w_l * m_l||_2^2 (D3). A constant lambda = penalty_max is for comparison."""
 
     about = replace(
         FedDP.about, title="FedDIP", step="as FedDP, under a growing penalty",
@@ -115,21 +116,25 @@ class FedDIP(FedDP):
 
     penalty_max: float = 1e-3
     penalty_steps: int = 20
-    lambda_schedule: str = setting("eq3", one_of("eq3", "repo"), "slides' Eq. 3 or the published code's (D1)")
+    lambda_schedule: str = setting(
+        "eq3", one_of("eq3", "repo", "constant"), "growth: slides' Eq. 3, the published code's (D1)"
+    )
+    norm: str = setting("plain", one_of("plain", "squared"), "of each tensor in the penalty (D3)")
 
     presets = {**FedDP.presets, "repo": {**FedDP.presets["repo"], "lambda_schedule": "repo"}}
 
     def penalty(self, t: int) -> float:
-        schedule = {"eq3": penalty_at, "repo": published_penalty_at}[self.lambda_schedule]
-        return schedule(t, self.penalty_max, self.penalty_steps, self.rounds)
+        schedules = {"eq3": penalty_at, "repo": published_penalty_at, "constant": lambda t, peak, steps, rounds: peak}
+        return schedules[self.lambda_schedule](t, self.penalty_max, self.penalty_steps, self.rounds)
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         plan, strength = super().plan(offer, memory, t), self.penalty(t)
         if not strength:
             return plan
+        add_gradient_ = {"plain": add_norm_gradient_, "squared": add_square_gradient_}[self.norm]
 
         def penalty_(gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
-            add_norm_gradient_(gradient, masked, self.layout, strength)
+            add_gradient_(gradient, masked, self.layout, strength)
 
         return replace(plan, add_gradient_=penalty_)
 
@@ -140,3 +145,8 @@ def add_norm_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strengt
         weights = masked[slot.start : slot.stop]
         norm = torch.linalg.vector_norm(weights).clamp_min(torch.finfo(weights.dtype).tiny)
         gradient[slot.start : slot.stop].addcdiv_(weights, norm, value=strength)
+
+
+def add_square_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:
+    """Add strength * w' on the prunable coordinates: the gradient of strength / 2 * sum of ||w'_l||_2^2."""
+    gradient[: layout.prunable].add_(masked[: layout.prunable], alpha=strength)
