@@ -12,10 +12,12 @@ from . import doctor
 from .checks import refuse_unknown
 from .config import Config
 from .engine import OutOfTime, execute, progress_bar, run
+from .failures import ClientFailure
+from .plan import Diverged
 from .profiles import load_profile
 from .results import read_run
-from .server import ClientFailure
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -76,10 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "run":
             return _run(given, every)
         return _sweep(given, every)
-    except (ValueError, FileNotFoundError) as error:
+    except (ClientFailure, Diverged) as error:
+        return _say(error, FAILED)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return _say(error, BAD_INPUT)
-    except (ClientFailure, OSError) as error:
-        return _say(error, 1)
+    except OSError as error:
+        return _say(error, FAILED)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
 

@@ -22,7 +22,8 @@ MAGIC = b"feddip_lite checkpoint 1\n"
 
 @dataclass
 class Progress:
-    """A run in progress: server state, client memories, rows so far, bytes not yet in a row, skipped clients."""
+    """A run in progress: server state, client memories, rows so far, bytes not yet in a row, skipped clients, and the
+    training loss of the last round."""
 
     state: ServerState
     memories: Mapping[int, Memory] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class Progress:
     down_bytes: int = 0
     skipped: list[dict] = field(default_factory=list)
     wall_seconds: float = 0.0
+    train_loss: float | None = None
 
 
 def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
@@ -61,11 +63,19 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
         raise ValueError(f"{path}: not a checkpoint of this version; delete it to start the run again")
     if data[len(MAGIC) : start] != hashlib.sha256(data[start:]).hexdigest().encode() + b"\n":
         raise ValueError(f"{path}: damaged checkpoint (SHA-256 does not match); delete it to start the run again")
-    content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)
-    if content["config"] != _identity(config):
-        raise ValueError(f"{path}: checkpoint of another configuration; delete it to start the run again")
-    state = ServerState(**content["state"], memory=content["memory"])
-    return Progress(state, content["memories"], **json.loads(content["rest"]))
+    try:
+        content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
+        there, here = json.loads(content["config"]), json.loads(_identity(config))
+        state = ServerState(**content["state"], memory=content["memory"])
+        progress = Progress(state, content["memories"], **json.loads(content["rest"]))
+    except Exception as error:  # whole, but not ours; torch and pickle raise many types
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(f"{path}: not a checkpoint ({reason}); delete it to start the run again") from error
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            what = f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+            raise ValueError(f"{path}: checkpoint of another configuration ({what}); delete it to start the run again")
+    return progress
 
 
 def _identity(config: Config) -> str:
@@ -73,4 +83,4 @@ def _identity(config: Config) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-_REST = ("rows", "up_bytes", "down_bytes", "skipped", "wall_seconds")
+_REST = ("rows", "up_bytes", "down_bytes", "skipped", "wall_seconds", "train_loss")

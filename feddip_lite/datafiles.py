@@ -120,7 +120,11 @@ def _members(archive) -> dict[str, np.ndarray]:
         raise ValueError(f"needs each of {', '.join(KEYS)} once, holds {', '.join(archive.files) or 'nothing'}")
     if sum(member.file_size for member in archive.zip.infolist()) > MAX_NPZ_BYTES:
         raise ValueError(f"unpacks to more than {MAX_NPZ_BYTES} bytes")
-    return {key: archive[key] for key in KEYS}
+    arrays = {key: archive[key] for key in KEYS}
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy returns the bytes of a member that it does not know
+            raise ValueError(f"{key} is not an array")
+    return arrays
 
 
 def _looks_like(data: bytes) -> str:

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
+from .failures import ClientFailure
 from .federation import prepare
 from .methods import Method
+from .plan import Diverged
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
 from .server import Clients, RoundRecord, evaluate_state, run_round
 
@@ -41,7 +43,8 @@ def run(
         progress: show a progress line with an estimate of the time left.
 
     Raises:
-        ValueError: bad input or damaged files; the global model's test loss is not finite.
+        ValueError: bad input or damaged files.
+        Diverged: the global model's test loss is not finite; names the round and the last finite loss.
         ClientFailure: a client failed or diverged and the configuration says "abort", or every client did.
     """
     return execute(config, results_dir, checkpoint_every, progress)
@@ -64,17 +67,16 @@ def execute(
         last = _train(Progress(state), clients, method, config, progress)
         return history_of(last, config)
     folder = Path(results_dir)
-    if stored := read_run(folder, config.run_id):
+    path = folder / f"{config.run_id}.checkpoint"
+    if (stored := read_run(folder, config.run_id)) and not path.exists():
         return stored[0]
     state, clients, method = prepare(config)  # bad input shows here, before anything is written
     with run_lock(folder, config.run_id):
-        if stored := read_run(folder, config.run_id):  # by another process, while this one waited
-            return stored[0]
-        path = folder / f"{config.run_id}.checkpoint"
-        start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
-        last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
-        facts = provenance(state.weights.device, clients.workers.slots, **_facts(clients, config, last))
-        save_run(folder, config, history_of(last, config), facts, last.skipped)
+        if not read_run(folder, config.run_id):  # else by another process, while this one waited, or was killed
+            start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
+            last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
+            facts = provenance(state.weights.device, clients.workers.slots, **_facts(clients, config, last))
+            save_run(folder, config, history_of(last, config), facts, last.skipped)
         path.unlink(missing_ok=True)
         return read_run(folder, config.run_id)[0]
 
@@ -91,13 +93,14 @@ def _train(
 ) -> Progress:
     """All remaining rounds, checkpointed at `path` if given."""
     saved = row_start = time.monotonic()
-    with _bar_of(show, progress, config) as bar, running(config):
+    with _bar_of(show, progress, config) as bar, running(config), _naming_last_loss(progress):
         try:
             while progress.state.round < config.rounds:
                 remembering = replace(clients, memories=progress.memories)
                 state, record = run_round(progress.state, remembering, method, config)
                 progress.state, progress.memories = state, {**progress.memories, **record.memories}
                 _account(progress, record)
+                progress.train_loss = record.train_loss
                 if state.round % config.eval_every == 0 or state.round == config.rounds:
                     metrics = evaluate_state(state, clients)
                     now = time.monotonic()
@@ -118,6 +121,18 @@ def _train(
         finally:
             clients.workers.close()
     return progress
+
+
+@contextmanager
+def _naming_last_loss(progress: Progress) -> Iterator[None]:
+    """Say of a run that diverges what its last finite training loss was, and in which round."""
+    try:
+        yield
+    except (ClientFailure, Diverged) as error:
+        if progress.train_loss is None or not isinstance(error.__cause__ or error, Diverged):
+            raise
+        last = f"round {progress.state.round - 1} ended with the finite training loss {progress.train_loss:.4g}"
+        raise type(error)(f"{error}; {last}") from error
 
 
 def progress_bar(total: int, title: str, *, initial: int = 0, show: bool = True) -> tqdm:

@@ -51,6 +51,11 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     def build():
         return build_model(config.model, **shape, seed=derive(config.seed, "initial weights"))
 
+    def worker_model():
+        model = FlatModel(build(), layout, device)
+        model.arithmetic = fastest_arithmetic(model, size, config.precision)
+        return model
+
     def scratch(depth=None):  # lives for one job at most, too short to be worth a faster arithmetic
         module = empty_model(config.model, depth, **shape, device=device)
         model = FlatModel(module, layout if depth is None else Layout.of(module), device)
@@ -63,12 +68,10 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     context = Context(scratch, num_stages(config.model), images, data.train_labels[reference].to(device))
     method = build_method(config, layout, context)
     count, slots = num_workers(config.workers, config.clients_per_round, device)
-    models = [FlatModel(build(), layout, device) for _ in range(count)]
-    for model in models:
-        model.arithmetic = fastest_arithmetic(model, size, config.precision)
+    models = [worker_model() for _ in range(count)]
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
-    return state, Clients(data.to(device), train, test, Workers(models, slots), split.sha256), method
+    return state, Clients(data.to(device), train, test, Workers(models, slots, worker_model), split.sha256), method
 
 
 def split_of(data: Dataset, config: Config) -> Split:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +33,9 @@ COLUMNS = (
 
 INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown")
 
+_SEAL = b',\n "sha256": "'  # at the end of a record stands the SHA-256 of all before it
+_KEYS = set("run_id config provenance final skipped csv_sha256".split())
+
 HEADLINE_ROWS = 10  # the headline value is the mean of the last ten evaluated rounds
 
 
@@ -40,29 +43,36 @@ def atomic_write(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename: after a crash `path` holds the old bytes or the new, never a part.
 
     Raises:
-        OSError: the disk is full or the folder read-only; nothing but the old file is left.
+        OSError: the disk is full or the folder read-only; names the file, and nothing but the old one is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with suppress(OSError):  # on a read-only disk there is nothing to remove
+            part.unlink()
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or error}; not written, what was there is intact"
+            raise OSError(error.errno, reason, str(path)) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager
 def run_lock(folder: Path, run_id: str):
-    """Hold the run's lock; a second process says so and waits. The lock falls with its holder, also on kill -9."""
+    """Hold the run's lock; a second process says so and waits. The lock falls with its holder, also on kill -9.
+
+    What a killed holder had half written is removed.
+    """
     lock = FileLock(folder / ".locks" / f"{run_id}.lock")
     lock_path = Path(lock.lock_file)
     lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +82,8 @@ def run_lock(folder: Path, run_id: str):
         print(f"{run_id}: another process is computing this run; waiting for it", flush=True)
         lock.acquire()
     try:
+        for part in folder.glob(f".{run_id}.*.part"):
+            part.unlink()
         yield
     finally:
         lock.release()
@@ -94,9 +106,9 @@ def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Ma
         "skipped": skipped,
         "csv_sha256": hashlib.sha256(table).hexdigest(),
     }
-    text = json.dumps(plain(record), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain(record), indent=1, allow_nan=False).removesuffix("\n}").encode()
     atomic_write(folder / f"{config.run_id}.csv", table)
-    atomic_write(folder / f"{config.run_id}.json", text.encode())
+    atomic_write(folder / f"{config.run_id}.json", text + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n')
 
 
 def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
@@ -109,10 +121,14 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        text = path.read_bytes()
+        record = json.loads(text)
+        own = record.pop("sha256", None)  # the first recorded runs have none
+        if set(record) != _KEYS or own not in (None, hashlib.sha256(text.partition(_SEAL)[0]).hexdigest()):
+            raise ValueError("not what was written")
         table = path.with_suffix(".csv").read_bytes()
         expected, own_id = record["csv_sha256"], record["run_id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: damaged result ({error}); delete it to run again") from error
     if own_id != run_id or hashlib.sha256(table).hexdigest() != expected:
         raise ValueError(f"{path.with_suffix('.csv')}: does not match {path.name}; delete both to run again")

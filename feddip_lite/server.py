@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .config import Config
 from .data import Dataset
+from .failures import collect, merge
 from .layout import FlatModel
 from .local import evaluate, local_update
 from .message import Message, num_bytes
@@ -83,10 +83,6 @@ class RoundRecord:
     skipped: Mapping[int, str]
 
 
-class ClientFailure(RuntimeError):
-    """A client failed and `on_client_failure` is "abort", or no client was left; names round, client and reason."""
-
-
 def sample_cohort(config: Config, t: int) -> list[int]:
     """The K clients of round t, ascending: uniform without replacement, a function of (seed, t)."""
     draw = numpy_generator(config.seed, "cohort", t)
@@ -108,8 +104,8 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
         client: clients.workers.submit(train_client, method, offer, clients, config, t, client)
         for client, offer in offers.items()
     }
-    replies, memories, skipped = _collect(futures, config, t)
-    new = method.merge(state, replies, t)
+    replies, memories, skipped = collect(futures, clients.workers, state, config)
+    new, replies = merge(method, state, replies, skipped, config)
     samples = samples_of(replies)
     loss = sum(float(replies[client].extras["loss"][0]) * count for client, count in samples.items())
     prunable = new.weights[: len(new.mask)]
@@ -124,7 +120,7 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
         mask_overlap=jaccard(state.mask, new.mask),
         regrown=int((new.mask & ~state.mask).sum()),
         pruning_error=pruning_error(prunable, new.mask),
-        memories=memories,
+        memories={client: memory for client, memory in memories.items() if client in replies},
         skipped=skipped,
     )
     return new, record
@@ -135,45 +131,12 @@ def train_client(
 ) -> tuple[Message, Memory, LocalResult]:
     """One client's part of a round: plan, train, reply. Returns (reply, the client's new memory, result).
 
-    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `check_client`.
+    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
     """
     memory = clients.memories.get(client, EMPTY)
     plan = method.plan(offer, memory, t)
     result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
     return *method.reply(result, memory, t), result
-
-
-def check_client(reply: Message, result: LocalResult) -> None:
-    """Refuse what must not be merged.
-
-    Raises:
-        Diverged: a loss, a weight, or a value of the reply is NaN or infinite.
-    """
-    result.check()
-    if reply.values is not None and not bool(reply.values.isfinite().all()):
-        raise Diverged(f"the reply holds NaN or infinite values; last finite loss: {float(result.loss):.4g}")
-
-
-def _collect(futures: Mapping[int, Future], config: Config, t: int):
-    """Wait for all clients. Returns (replies, memories, skipped), each by client id in ascending order."""
-    replies, memories, skipped = {}, {}, {}
-    for client, future in futures.items():
-        try:
-            reply, memory, result = future.result()
-            check_client(reply, result)
-        except Exception as error:  # any failure of a client is the policy's to judge
-            if config.on_client_failure == "abort":
-                for other in futures.values():
-                    other.cancel()
-                raise ClientFailure(f"round {t}, client {client}: {error}") from error
-            skipped[client] = f"{type(error).__name__}: {error}"
-        else:
-            replies[client] = reply
-            if memory:
-                memories[client] = memory
-    if not replies:
-        raise ClientFailure(f"round {t}: every client failed; client {client}: {skipped[client]}")
-    return replies, memories, skipped
 
 
 def pruning_error(prunable: Tensor, mask: Tensor) -> float:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from concurrent.futures import Future, InvalidStateError, wait
+from queue import Empty, SimpleQueue
 from threading import Event, Lock
 
 import torch
@@ -22,40 +25,107 @@ from .layout import FlatModel
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
+class Job(Future):
+    """The future result of `function(model, *arguments)`; `model`, `thread` and `started` are known once it runs."""
+
+    def __init__(self, function: Callable, arguments: tuple):
+        super().__init__()
+        self.function, self.arguments = function, arguments
+        self.model, self.thread, self.started = None, None, None
+
+
 class Workers:
     """A pool of one thread per scratch model, of which `slots` run at a time.
 
     A job hands its slot on whenever it calls `model.pause()`, as `local_update` does between epochs. So five equal
     clients take 2.6 client-times on two cores (25 epochs, two at a time) rather than 3, and no thread disturbs another.
+
+    Args:
+        spare: makes one more model, for the thread that takes the place of one whose job never ends.
     """
 
-    def __init__(self, models: list[FlatModel], slots: int):
+    def __init__(self, models: list[FlatModel], slots: int, spare: Callable[[], FlatModel]):
         self.slots = min(slots, len(models))
-        self._models: SimpleQueue[FlatModel] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._turns = _Turns(self.slots)
+        self._spare = spare
+        self._threads: set[threading.Thread] = set()
         for model in models:
-            model.pause = self._turns.hand_on
-            self._models.put(model)
-        # Set per thread: more intra-op threads would change the order of sums, and so the bits.
-        self._pool = ThreadPoolExecutor(len(models), "client", initializer=torch.set_num_threads, initargs=(1,))
+            self._start(model)
+        weakref.finalize(self, self._jobs.put, None)  # the threads know the queue, not this object
 
-    def submit(self, job: Callable, *arguments) -> Future:
-        """Queue `job(model, *arguments)`; its result or exception is in the future."""
+    def submit(self, function: Callable, *arguments) -> Job:
+        """Queue `function(model, *arguments)`; its result or exception is in the job."""
+        job = Job(function, arguments)
+        self._jobs.put(job)
+        return job
 
-        def call():
-            model = self._models.get()
-            self._turns.take()
-            try:
-                return job(model, *arguments)
-            finally:
-                self._turns.give()
-                self._models.put(model)
+    def result(self, job: Job, limit: float | None = None):
+        """The job's result, waited for; jobs must be asked for in the order in which they were submitted.
 
-        return self._pool.submit(call)
+        Raises:
+            TimeoutError: the job has been running for `limit` seconds. It is given up: what it returns is not looked
+                at, another thread takes its place, and it ends when it next pauses, if it ever does.
+        """
+        while limit is not None and not job.done():
+            left = limit if job.started is None else job.started + limit - time.monotonic()
+            if left <= 0:
+                self._give_up(job, TimeoutError(f"no reply within {limit:g} s"))
+            wait([job], left)
+        return job.result()
 
     def close(self) -> None:
-        """Wait for running jobs, drop queued ones, and end the threads."""
-        self._pool.shutdown(cancel_futures=True)
+        """Wait for running jobs, drop queued ones, and end the threads; one that was given up is not waited for."""
+        try:
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    job.cancel()
+        except Empty:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self, model: FlatModel) -> None:
+        model.pause = self._turns.hand_on
+        # A daemon, so that a job that never ends does not keep the process from ending.
+        thread = threading.Thread(target=_work, args=(self._jobs, self._turns, model), name="client", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _give_up(self, job: Job, error: Exception) -> None:
+        try:
+            job.set_exception(error)
+        except InvalidStateError:  # it has just ended
+            return
+        job.model.pause = _stop
+        self._threads.discard(job.thread)
+        self._start(self._spare())
+        self._turns.give()
+
+
+def _work(jobs: SimpleQueue[Job | None], turns: _Turns, model: FlatModel) -> None:
+    """A thread's life: one job after the other, until None comes, which is left for the others."""
+    torch.set_num_threads(1)  # more would change the order of sums, and so the bits
+    for job in iter(jobs.get, None):
+        if not job.set_running_or_notify_cancel():
+            continue
+        turns.take()
+        job.model, job.thread, job.started = model, threading.current_thread(), time.monotonic()
+        try:
+            deliver, outcome = job.set_result, job.function(model, *job.arguments)
+        except BaseException as error:
+            deliver, outcome = job.set_exception, error
+        try:
+            deliver(outcome)
+        except InvalidStateError:  # given up: slot and place in the pool are another's
+            return
+        turns.give()
+        del job, deliver, outcome  # results are large, and the next job may be long in coming
+    jobs.put(None)
+
+
+def _stop() -> None:
+    raise TimeoutError("given up")
 
 
 class _Turns:

@@ -11,8 +11,8 @@ from conftest import FAST, Remembering, csv_without_seconds, flags, interrupted,
 
 from feddip_lite import run
 from feddip_lite.checkpoint import load_checkpoint, save_checkpoint
+from feddip_lite.failures import ClientFailure
 from feddip_lite.methods import METHODS
-from feddip_lite.server import ClientFailure
 
 CPU = torch.device("cpu")
 

@@ -6,11 +6,12 @@ import torch
 from feddip_lite.arithmetic import Autograd
 from feddip_lite.captured import Captured, record_cuda_graph
 from feddip_lite.config import Config
+from feddip_lite.failures import check_client
 from feddip_lite.federation import prepare
 from feddip_lite.layout import FlatModel, Layout
 from feddip_lite.methods import METHODS, settings_of
 from feddip_lite.models import Dropout, build_model
-from feddip_lite.server import check_client, evaluate_state, run_round, train_client
+from feddip_lite.server import evaluate_state, run_round, train_client
 
 pytestmark = [
     pytest.mark.cuda,
@@ -78,7 +79,7 @@ def test_a_client_never_waits_for_the_gpu(model):
             torch.cuda.set_sync_debug_mode("default")
 
     reply, _, result = clients.workers.submit(job).result()
-    check_client(reply, result)
+    check_client(reply, result, method.layout.prunable)
     clients.workers.close()
 
 

@@ -25,11 +25,12 @@ from feddip_lite import run
 from feddip_lite.checkpoint import Progress
 from feddip_lite.data import normalise
 from feddip_lite.engine import history_of
+from feddip_lite.failures import ClientFailure
 from feddip_lite.layout import FlatModel
 from feddip_lite.methods import METHODS
 from feddip_lite.models import build_model
 from feddip_lite.results import COLUMNS, read_run
-from feddip_lite.server import ClientFailure, evaluate_state, sample_cohort
+from feddip_lite.server import evaluate_state, sample_cohort
 
 
 def test_history_has_a_row_per_round_and_the_columns_of_a_results_file():

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from feddip_lite.failures import ClientFailure
 from feddip_lite.message import Message, encode
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
-from feddip_lite.server import ClientFailure, evaluate_state, run_round, sample_cohort, train_client
+from feddip_lite.server import evaluate_state, run_round, sample_cohort, train_client
 
 MANY = {"clients": 60, "clients_per_round": 5}  # 24 samples each
 
@@ -196,7 +197,7 @@ def fail(victims, when=1):
 
 def test_failing_client_aborts_the_run_naming_round_client_and_reason(monkeypatch, train):
     victim = sample_cohort(tiny_config(), 1)[1]
-    with pytest.raises(ClientFailure, match=f"round 1, client {victim}: out of battery"):
+    with pytest.raises(ClientFailure, match=f"round 1, client {victim}: RuntimeError: out of battery"):
         train(told(monkeypatch, fail([victim])))
 
 

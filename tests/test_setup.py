@@ -154,16 +154,21 @@ def test_notebooks_run_in_number_order_whatever_the_directory_says(tmp_path):
     assert [path.stem for path in tool("reproduce").select(tmp_path, ["10", "02_a"])] == ["02_a", "10_b"]
 
 
-def test_a_failing_notebook_is_named_kept_and_shown_while_the_others_run(tmp_path):
-    notebook(tmp_path / "00_broken.ipynb", "raise ValueError('sparsity ran away')", "print('unreachable')")
-    notebook(tmp_path / "01_next.ipynb", "print(PROFILE * 2)")
+def test_a_failing_notebook_is_named_kept_and_shown_and_ends_the_run(tmp_path):
+    notebook(tmp_path / "00_fine.ipynb", "print(PROFILE * 2)")
+    notebook(tmp_path / "01_broken.ipynb", "raise ValueError('sparsity ran away')", "print('unreachable')")
+    notebook(tmp_path / "02_next.ipynb")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "02_next.ipynb").write_text((tmp_path / "02_next.ipynb").read_text())  # of an earlier run
     done = reproduce(tmp_path, "--profile", "lite")
     assert done.returncode == 1
-    assert re.search(r"00_broken failed: cell \[\d+\]: ValueError: sparsity ran away", done.stderr)
-    assert "sparsity ran away" in (tmp_path / "out" / "00_broken.ipynb").read_text()
-    assert "litelite" in (tmp_path / "out" / "01_next.html").read_text()
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"stopped: 01_broken failed: cell \[\d+\]: ValueError: sparsity ran away", line)
+    assert "sparsity ran away" in (tmp_path / "out" / "01_broken.ipynb").read_text()
+    assert "litelite" in (tmp_path / "out" / "00_fine.html").read_text()
     index = (tmp_path / "out" / "index.html").read_text()
-    assert "failed" in index and 'href="01_next.html"' in index
+    assert "failed" in index and 'href="00_fine.html"' in index
+    assert "02_next" not in index and not (tmp_path / "out" / "02_next.ipynb").exists()
 
 
 @pytest.mark.parametrize(

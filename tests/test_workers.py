@@ -23,7 +23,7 @@ def pool():
     opened = []
 
     def make(threads, slots):
-        opened.append(Workers(models(threads), slots))
+        opened.append(Workers(models(threads), slots, lambda: models(1)[0]))
         return opened[-1]
 
     yield make

@@ -1,8 +1,9 @@
 """Run the notebooks in number order and write one HTML report: `python tools/reproduce.py --profile quick`.
 
 Each notebook runs with papermill in a kernel of its own, in its own folder (as in Jupyter), with PROFILE set. Executed
-copies and the report lie in build/<profile>/; a copy is kept also when a cell fails, with the error marked in it. A
-failing notebook does not stop the ones after it; the exit code is 1 if any failed, 2 for a call that makes no sense.
+copies and the report lie in build/<profile>/. A notebook that fails (a cell, the kernel, the time limit) ends the run
+with its name and the error; its copy is kept, with what it got to. The exit code is then 1, and 2 for a call that makes
+no sense.
 """
 
 import argparse
@@ -96,9 +97,12 @@ def seconds_of(copy: Path) -> float | None:
 
 
 def run_all(notebooks: list[Path], out: Path, profile: str, cell_seconds: int | None) -> dict[str, str]:
-    """Run every notebook, one line of progress each; returns the error of each that failed."""
+    """Run the notebooks, one line of progress each, until one fails; returns its name and error, {} if none did."""
     expected = {path.stem: seconds_of(out / path.name) for path in notebooks}  # from an earlier run, if there was one
-    errors, took = {}, {}
+    for path in notebooks:  # what an earlier run left must not pass for this one's
+        for kind in (".ipynb", ".html"):
+            (out / path.name).with_suffix(kind).unlink(missing_ok=True)
+    took = {}
     for number, path in enumerate(notebooks, 1):
         print(f"[{number}/{len(notebooks)}] {path.stem} ... ", end="", flush=True)
         start = time.perf_counter()
@@ -109,9 +113,8 @@ def run_all(notebooks: list[Path], out: Path, profile: str, cell_seconds: int | 
         more = f", about {left:.0f} s left" if number < len(notebooks) else ""
         print(f"{took[path.stem]:.1f} s{more}", flush=True)
         if error:
-            errors[path.stem] = error
-            print(f"{path.stem} failed: {error}", file=sys.stderr, flush=True)
-    return errors
+            return {path.stem: error}
+    return {}
 
 
 class MathMLRenderer(IPythonRenderer):
@@ -229,8 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; what was executed lies in {out}", file=sys.stderr)
         return 130
     index = write_report(out, options.notebooks, options.profile, errors)
-    if errors:
-        print(f"{len(errors)} of {len(notebooks)} notebooks failed: {', '.join(errors)}", file=sys.stderr)
+    for name, error in errors.items():
+        print(f"stopped: {name} failed: {error}", file=sys.stderr)
     print(f"report: {index}")
     return 1 if errors else 0
 

@@ -156,10 +156,16 @@ def mean_buffers(state: ServerState, replies: Replies) -> Tensor:
 
 
 def weighted_mean(vectors, replies: Replies) -> Tensor:
-    """sum_n rho_n v_n of equal-length float32 vectors in order of client ids; one at a time, in float64."""
+    """sum_n rho_n v_n of equal-length float32 vectors in order of client ids; one at a time, in float64.
+
+    Raises:
+        ValueError: vectors of unlike length.
+    """
     samples = samples_of(replies)
     total, mean = sum(samples.values()), None
     for vector, count in zip(vectors, samples.values(), strict=True):
         term = vector.to(torch.float64, copy=True).mul_(count / total)
+        if mean is not None and term.shape != mean.shape:  # a single number would be added to all
+            raise ValueError(f"replies: {term.numel()} and {mean.numel()} numbers have no mean")
         mean = term if mean is None else mean.add_(term)
     return mean.float()
