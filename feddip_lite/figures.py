@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .experiments import FAMILIES, labels, splits
 from .methods import METHODS
@@ -27,7 +28,7 @@ from .results import HEADLINE_ROWS, ROOT, atomic_write, headline, interval
 COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers; a method has the same colour everywhere
     "fedavg": "#000000", "fedprox": "#8c8c8c", "feddp": "#0072b2", "feddip": "#d55e00", "feddst": "#009e73",
     "prunefl": "#e69f00", "snip": "#cc79a7", "prunetrain": "#56b4e9", "fedsparsify_global": "#7f5f00",
-    "fedsparsify_local": "#b8a000", "mpfl": "#5d3a9b", "fedmap": "#40b0a6", "fedlp": "#994f00", "fedx": "#dc267f",
+    "fedsparsify_local": "#7cb518", "mpfl": "#5d3a9b", "fedmap": "#40b0a6", "fedlp": "#994f00", "fedx": "#dc267f",
     "fedtiny": "#648fff",
 }  # fmt: skip
 INK = "#222222"
@@ -133,12 +134,17 @@ def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mi
     """Accuracy of all methods of one setting and partition, a row per family as the slides sort them; FedAvg and
     FedDIP are in each, presets are left out. Smoothed as the headline value is: means of the last ten rounds."""
     results = results[(results["preset"] == "paper") & (results["changed"] != "upload")]
+    lowest = headline(results)["accuracy"].min() - 0.1  # what lies below are first rounds
+    most = results["mib"].max()
     figure, axes = grid(len(FAMILIES), len(x), 5.6, 3.2)
     for row, family in enumerate(FAMILIES):
         own = results[results["method"].isin([*_of_family(family), "fedavg", "feddip"])]
         for panel, name in zip(axes[row], x, strict=True):
             _methods(panel, own, name, "accuracy", window=HEADLINE_ROWS)
             panel.set_ylabel(f"accuracy, mean of {HEADLINE_ROWS} rounds")
+            panel.set_ylim(bottom=lowest)
+            if name == "mib":
+                _in_mib(panel, most / 100, most * 1.1)
         axes[row][0].set_title(family, loc="left", fontweight="bold")
         axes[row][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{title}; {results['split'].iloc[0]}\n{results['setting'].iloc[0]}", x=0.01, ha="left")
@@ -148,9 +154,11 @@ def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mi
 @styled
 def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
     """Final accuracy against all bytes of the run, a panel per partition, a point per method: its marker tells the
-    family, its bar the 95 % interval over seeds (three or more). Further up and further left is better."""
-    runs, rows = headline(results), splits(results)
-    figure, axes = grid(1, len(rows), 4.4, 4.4)
+    family, its bar the 95 % interval over seeds (three or more). Further up and further left is better. The preset
+    `memory`, whose interval would hide the rest, is left out."""
+    results = results[results["preset"] != "memory"]
+    runs, rows, handles = headline(results), splits(results), {}
+    figure, axes = grid(1, len(rows), 4.4, 4.6)
     for panel, split in zip(axes[0], rows, strict=True):
         for label in labels(runs):
             own = runs[(runs["label"] == label) & (runs["split"] == split)]
@@ -161,14 +169,23 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
             filled = {"-": look["color"]}.get(look["linestyle"], "white")
             mark = {"marker": MARKERS[about.family][0], "color": look["color"], "markerfacecolor": filled}
             name, half = f"{label} (n = {len(own)})", None if np.isnan(half) else half
-            panel.errorbar(own["mib"].mean(), mean, half, label=name, linestyle="none", markersize=7, **mark)
-        panel.set(xscale="log", xlabel="MiB in the whole run, up + down (log)", ylabel="final accuracy", title=split)
-        panel.xaxis.set_major_formatter("{x:g}")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+            point = panel.errorbar(own["mib"].mean(), mean, half, label=name, linestyle="none", markersize=7, **mark)
+            handles.setdefault(name, point)
+        panel.set(ylabel="final accuracy", title=split)
+        _in_mib(panel, runs["mib"].min() / 1.2, runs["mib"].max() * 1.2)
+    axes[0][-1].legend(handles=list(handles.values()), loc="center left", bbox_to_anchor=(1.0, 0.5))
     shapes = ", ".join(f"{shape} {family}" for family, (_, shape) in MARKERS.items())
     words = f"{results['setting'].iloc[0]}\n{shapes}; hollow: a preset or form of a method"
     figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")
     return figure
+
+
+def _in_mib(panel: Axes, low: float, high: float) -> None:
+    """A logarithmic axis of transmitted MiB with readable ticks: 1, 2 or 5 times powers of ten."""
+    panel.set(xscale="log", xlim=(low, high), xlabel=f"{AXES['mib']} (log)")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _of_family(family: str) -> list[str]:
