@@ -116,6 +116,15 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
     return results.assign(**named, mib=travelled / 2**20)
 
 
+def comparable(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs of those seeds that every method of a partition has, so that none is judged by luckier seeds."""
+    kept = []
+    for _, own in results.groupby("split", sort=False):
+        methods = own.groupby("seed")["label"].nunique()
+        kept.append(own[own["seed"].isin(methods.index[methods == own["label"].nunique()])])
+    return pd.concat(kept) if kept else results
+
+
 def labels(results: pd.DataFrame) -> list[str]:
     """The methods that occur, in the order of `NAMES`."""
     order = {name: place for place, name in enumerate(NAMES.values())}

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .experiments import FAMILIES, labels, splits
+from .experiments import FAMILIES, comparable, labels, splits
 from .methods import METHODS
 from .results import HEADLINE_ROWS, ROOT, atomic_write, headline, interval
 
@@ -132,8 +132,9 @@ def column_panels(results: pd.DataFrame, columns: Sequence[str], title: str) -> 
 @styled
 def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mib")) -> Figure:
     """Accuracy of all methods of one setting and partition, a row per family as the slides sort them; FedAvg and
-    FedDIP are in each, presets are left out. Smoothed as the headline value is: means of the last ten rounds."""
-    results = results[results["preset"] == "paper"]
+    FedDIP are in each, presets are left out, and so are seeds that not all methods have. Smoothed as the headline
+    value is: means of the last ten rounds."""
+    results = comparable(results[results["preset"] == "paper"])
     lowest = headline(results)["accuracy"].min() - 0.1  # what lies below are first rounds
     most = results["mib"].max()
     figure, axes = grid(len(FAMILIES), len(x), 5.6, 3.2)
@@ -155,8 +156,8 @@ def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mi
 def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
     """Final accuracy against all bytes of the run, a panel per partition, a point per method: its marker tells the
     family, its bar the 95 % interval over seeds (three or more). Further up and further left is better. The preset
-    `memory`, whose interval would hide the rest, is left out."""
-    results = results[results["preset"] != "memory"]
+    `memory`, whose interval would hide the rest, is left out, and so are seeds that not all methods have."""
+    results = comparable(results[results["preset"] != "memory"])
     runs, rows, handles = headline(results), splits(results), {}
     figure, axes = grid(1, len(rows), 4.4, 4.6)
     for panel, split in zip(axes[0], rows, strict=True):

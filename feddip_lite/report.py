@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .experiments import PROFILES, labels, main_runs, splits
+from .experiments import PROFILES, comparable, labels, main_runs, splits
 from .results import headline, interval, read_run
 
 CLAIMS = (  # column, method, reference, claim of the slides, supporting side, verdict if an interval has both sides
@@ -135,8 +135,8 @@ def ranking(results: pd.DataFrame) -> str:
 
 def frontier(results: pd.DataFrame) -> str:
     """Markdown: the methods of one setting and partition that no other beats in final accuracy and bytes at once,
-    by their means over seeds."""
-    means = headline(results).groupby("label")[["accuracy", "mib"]].mean().sort_values("mib")
+    by their means over the seeds that all have."""
+    means = headline(comparable(results)).groupby("label")[["accuracy", "mib"]].mean().sort_values("mib")
     best = means["accuracy"].cummax()
     front = means[(means["accuracy"] == best) & ~best.duplicated()]
     found = ", ".join(f"{label} ({row['accuracy']:.4f}, {row['mib']:.0f} MiB)" for label, row in front.iterrows())

@@ -8,7 +8,7 @@ from conftest import FAST, tiny_config
 
 from feddip_lite import drawings, experiments
 from feddip_lite.documents import markers, write_section
-from feddip_lite.experiments import NAMES, describe, labels, main_runs, profile_queue, recorded, train
+from feddip_lite.experiments import NAMES, comparable, describe, labels, main_runs, profile_queue, recorded, train
 from feddip_lite.figures import COLOURS, accuracy_curves, accuracy_for_bytes, column_panels, families, save_figure
 from feddip_lite.methods import METHODS
 from feddip_lite.report import agreement, frontier, paired, quantity, ranking, results_section
@@ -104,16 +104,19 @@ def test_families_put_each_method_in_its_row_beside_fedavg_and_feddip(results):
 
 
 def test_points_lie_at_final_accuracy_and_total_bytes_with_an_interval_from_three_seeds_on(results):
-    runs = only(results, "FedAvg", "FedDIP (repo)")
-    axes = accuracy_for_bytes(runs, "Tiny").axes[0]
-    drawn = {bar.get_label(): bar for bar in axes.containers}
-    assert {name: bar.has_yerr for name, bar in drawn.items()} == {
-        "FedAvg (n = 3)": True,
-        "FedDIP (repo) (n = 1)": False,
-    }
-    repo = headline(only(results, "FedDIP (repo)"))
-    point = drawn["FedDIP (repo) (n = 1)"].lines[0].get_xydata()
-    assert np.allclose(point, repo[["mib", "accuracy"]].to_numpy())
+    axes = accuracy_for_bytes(only(results, "FedAvg", "FedDIP"), "Tiny").axes[0]
+    drawn = {bar.get_label(): bar.has_yerr for bar in axes.containers}
+    assert drawn == {"FedAvg (n = 3)": True, "FedDIP (n = 3)": True}
+    one = only(results, "FedDIP", seeds=(0,))
+    (bar,) = accuracy_for_bytes(one, "Tiny").axes[0].containers
+    assert not bar.has_yerr
+    assert np.allclose(bar.lines[0].get_xydata(), headline(one)[["mib", "accuracy"]].to_numpy())
+
+
+def test_only_seeds_that_every_method_has_are_compared(results):
+    assert set(comparable(only(results, "FedAvg", "FedDIP"))["seed"]) == {0, 1, 2}
+    assert set(comparable(only(results, "FedAvg", "FedDIP (repo)"))["seed"]) == {0}
+    assert comparable(results.iloc[:0]).empty
 
 
 def test_every_method_has_a_name_and_a_colour_of_its_own():
