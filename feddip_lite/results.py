@@ -108,7 +108,11 @@ def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Ma
     }
     text = json.dumps(plain(record), indent=1, allow_nan=False).removesuffix("\n}").encode()
     atomic_write(folder / f"{config.run_id}.csv", table)
-    atomic_write(folder / f"{config.run_id}.json", text + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n')
+    atomic_write(folder / f"{config.run_id}.json", _sealed(text))
+
+
+def _sealed(text: bytes) -> bytes:
+    return text + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
 
 
 def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
@@ -123,8 +127,8 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     try:
         text = path.read_bytes()
         record = json.loads(text)
-        own = record.pop("sha256", None)  # the first recorded runs have none
-        if set(record) != _KEYS or own not in (None, hashlib.sha256(text.partition(_SEAL)[0]).hexdigest()):
+        sealed = record.pop("sha256", None) is not None  # the first recorded runs are not
+        if text != _sealed(text.partition(_SEAL)[0]) if sealed else set(record) != _KEYS:
             raise ValueError("not what was written")
         table = path.with_suffix(".csv").read_bytes()
         expected, own_id = record["csv_sha256"], record["run_id"]

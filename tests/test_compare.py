@@ -20,7 +20,8 @@ def record(folder, accuracies, first_seed=0, **config):
         final = {"last": {}, "mean_last_10": {"accuracy": accuracy}, "best_accuracy": 1.0}
         table = b"round,accuracy\n0,0.5\n"
         sha256 = hashlib.sha256(table).hexdigest()
-        text = json.dumps({"run_id": run_id, "config": run, "final": final, "provenance": {}, "csv_sha256": sha256})
+        rest = {"final": final, "provenance": {}, "skipped": [], "csv_sha256": sha256}
+        text = json.dumps({"run_id": run_id, "config": run, **rest})
         (folder / f"{run_id}.csv").write_bytes(table)
         (folder / f"{run_id}.json").write_text(text)
 
