@@ -245,17 +245,17 @@ PROMISES = {
 }
 
 
-def cases(test: Callable) -> int:
-    """How many sets of parameters a test has."""
-    return math.prod(len(list(mark.args[1])) for mark in marks(test) if mark.name == "parametrize")
+def cases(test: Callable) -> tuple[int, int]:
+    """How many sets of parameters of a test are run by `make test`, and how many by `make test-slow`."""
+    marks = getattr(test, "pytestmark", [])
+    values = [list(mark.args[1]) for mark in marks if mark.name == "parametrize"]
+    every = math.prod(map(len, values))
+    quick = 0 if is_slow(marks) else math.prod(sum(not is_slow(getattr(v, "marks", ())) for v in own) for own in values)
+    return quick, every - quick
 
 
-def is_slow(test: Callable) -> bool:
-    return any(mark.name == "slow" for mark in marks(test))
-
-
-def marks(test: Callable) -> list:
-    return getattr(test, "pytestmark", [])
+def is_slow(marks) -> bool:
+    return any(mark.name == "slow" for mark in marks)
 
 
 def page() -> str:
@@ -278,9 +278,9 @@ def page() -> str:
             "|---|---|--:|--:|",
         ]
         for promise in promises:
-            tried = {
-                slow: sum(cases(t) * n for t, n in promise.proofs.items() if is_slow(t) == slow) for slow in (0, 1)
-            }
+            tried = 0, 0
+            for test, count in promise.proofs.items():
+                tried = [total + sets * count for total, sets in zip(tried, cases(test), strict=True)]
             names = "<br>".join(f"`{test.__module__}.{test.__name__}`" for test in promise.proofs)
             lines.append(f"| {promise.text} | {names} | {tried[0] or '–'} | {tried[1] or '–'} |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,15 @@ from feddip_lite.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "docs/design.md", "docs/deviations.md", "docs/claims.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = [
+    "README.md",
+    "docs/design.md",
+    "docs/reliability.md",
+    "docs/deviations.md",
+    "docs/claims.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.partition("#")[0].strip()

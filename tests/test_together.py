@@ -30,7 +30,7 @@ def alone():
     return {config.run_id: run(config, progress=False) for config in CONFIGS}
 
 
-@pytest.mark.parametrize("kill", [False, True], ids=["all live", "one is killed"])
+@pytest.mark.parametrize("kill", [pytest.param(False, marks=pytest.mark.slow, id="all live"), True])
 def test_ten_processes_on_one_folder_compute_every_run_once(tmp_path, alone, kill):
     log, folder = tmp_path / "log", tmp_path / "results"
     crowd = [child(crowd_member, CONFIGS, folder, log, seed) for seed in range(PROCESSES)]
