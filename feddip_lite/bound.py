@@ -132,7 +132,7 @@ class Estimates:
     round: int  # the next one
     loss: float  # f(w') [F]
     gradient_square: float  # ||grad f(w')||^2 [F^2/W^2]
-    smoothness: float  # L at w'
+    sharpness: float  # L at w' (a configuration's `smoothness` stands beside it in recorded runs)
     secant: float  # L between w and w'
     lipschitz: float  # mu at w and w'
     pruning_lipschitz: float  # mu between them
@@ -240,7 +240,7 @@ def assemble(
     gamma = largest("dispersion") if gamma is None else gamma
     if not math.isfinite(gamma):
         raise ValueError(f"gamma: {gamma} is not valid, or so at every checkpoint; expected a finite number")
-    gamma, smooth, losses = max(gamma, 1.0), largest("smoothness", "secant"), [each.loss for each in path]
+    gamma, smooth, losses = max(gamma, 1.0), largest("sharpness", "secant"), [each.loss for each in path]
     pruning = 2 * smooth * largest("lipschitz", "pruning_lipschitz") * sum(distances)
     noise = math.pi**2 / 6 * largest("variance") / participants
     drift = math.pi**2 / 6 * (gamma - 1) * gamma * steps**2 * largest("second_moment")
