@@ -33,13 +33,16 @@ COLUMNS = ("round", "accuracy", "sparsity", "lr", "penalty", "up_bytes", "down_b
 COLUMNS += ("seconds",)
 """`lr` and `penalty` are those of the round to come, bytes those of the round before; `local_steps` is E_l, the most
 steps of a client; `loss` is f(w') on the training set, `accuracy` that on the test set; `seconds` the row's time."""
+SETTINGS = {"batches": 20, "curvature_samples": 1024, "iterations": 30}
+"""What `bound.estimate` is called with."""
 
 
-def follow(config: Config, folder: str | Path, *, progress: bool = True) -> pd.DataFrame:
+def follow(config: Config, folder: str | Path, *, progress: bool = True, **settings) -> pd.DataFrame:
     """Run a configuration, estimate the bound's terms on the way, and record `<run_id>.csv` and `.json` in `folder`.
 
     What is there already is returned; an interrupted run goes on from its last estimates, to the same bits (but
-    `seconds`). `progress` shows a bar for each set of estimates.
+    `seconds`). `progress` shows a bar for each set of estimates; `settings` change SETTINGS; they are
+    recorded, but are no part of the run's identity.
 
     Returns:
         T + 1 rows of COLUMNS.
@@ -47,7 +50,7 @@ def follow(config: Config, folder: str | Path, *, progress: bool = True) -> pd.D
     Raises:
         ValueError: bad input or damaged files; a loss is not finite. ClientFailure: as `run`.
     """
-    config, folder = config.resolved(), Path(folder)
+    config, folder, settings = config.resolved(), Path(folder), {**SETTINGS, **settings}
     if stored := read_run(folder, config.run_id):
         return stored[0]
     state, clients, method = prepare(config)  # bad input shows here, before anything is written
@@ -57,27 +60,28 @@ def follow(config: Config, folder: str | Path, *, progress: bool = True) -> pd.D
             return stored[0]
         now = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
         while len(now.rows) <= config.rounds:
-            _observe(now, clients, method, config, progress)
+            _observe(now, clients, method, config, progress=progress, **settings)
             if "loss" in now.rows[-1] and len(now.rows) <= config.rounds:
                 save_checkpoint(path, now, config)
         facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, now))
         rows = pd.DataFrame(now.rows, columns=list(COLUMNS))
-        save_table(folder, config, rows, objective=objective(config), provenance=facts, skipped=now.skipped)
+        about = {"objective": objective(config), "estimates": settings}
+        save_table(folder, config, rows, **about, provenance=facts, skipped=now.skipped)
         path.unlink(missing_ok=True)
         return read_run(folder, config.run_id)[0]
 
 
-def follow_all(configs: Sequence[Config], folder: Path, *, progress: bool = True) -> None:
+def follow_all(configs: Sequence[Config], folder: Path, **settings) -> None:
     """`follow` each in turn, a printed line for each; data is looked for as `experiments.train` does."""
     os.environ["FEDDIP_DATA"] = str(data_root())
     for number, config in enumerate(configs, 1):
         begin = time.monotonic()
-        last = follow(config, folder, progress=progress).iloc[-1]
+        last = follow(config, folder, **settings).iloc[-1]
         words = f"accuracy {last['accuracy']:.4f}, {time.monotonic() - begin:.0f} s"
         print(f"[{number}/{len(configs)}] {config.run_id}: {words}", flush=True)
 
 
-def _observe(now: Progress, clients: Clients, method: Method, config: Config, show: bool) -> None:
+def _observe(now: Progress, clients: Clients, method: Method, config: Config, **settings) -> None:
     """Add the next row: after one more round, but for the first."""
     begin = time.monotonic()
     if now.rows:
@@ -90,7 +94,7 @@ def _observe(now: Progress, clients: Clients, method: Method, config: Config, sh
     row |= {"pruning_error": error, "pruning_distance": distance}
     if t % config.eval_every == 0 or t == config.rounds:
         within = {"penalty": strength, "weight_decay": config.weight_decay} if _theory(config) else {}
-        row |= asdict(estimate(state, clients, config, progress=show, **within))
+        row |= asdict(estimate(state, clients, config, **within, **settings))
         row["accuracy"] = evaluate_state(state, clients)["accuracy"]
     row["seconds"] = time.monotonic() - begin
     now.rows.append(row)
