@@ -51,8 +51,11 @@ def terms(runs: pd.DataFrame, title: str) -> Figure:
 
 @styled
 def path(runs: pd.DataFrame, title: str) -> Figure:
-    """gamma, delta and sqrt(delta) ||w|| against rounds, a row per setting, a line per partition. The thin line is
-    gamma's median; it counts only checkpoints where noise does not hide gamma, and the legend says where it does."""
+    """gamma, delta and sqrt(delta) ||w|| against rounds, a row per setting, a line per partition.
+
+    The thin line is gamma's median. Estimates below 1, which noise allows, are drawn at 1; where noise hides gamma
+    there is no point, and the legend says how often.
+    """
     rows = [runs[runs["lr_schedule"] == schedule] for schedule in SETTINGS if (runs["lr_schedule"] == schedule).any()]
     figure, axes = grid(len(rows), 3, 4.1, 3.1)
     for own, panels in zip(axes, rows, strict=True):
@@ -69,8 +72,9 @@ def _path_row(axes: np.ndarray, runs: pd.DataFrame, order: list[str]) -> None:
         finite = points[np.isfinite(points["dispersion"])]
         median, hidden = finite["dispersion"].median(), len(points) - len(finite)
         label = f"{split}: median {median:.3g}" + (f", hidden at {hidden} of {len(points)}" if hidden else "")
-        axes[0].plot(finite["round"], finite["dispersion"], "o-", markersize=4, color=colour, label=label)
-        axes[0].axhline(median, color=colour, linewidth=0.8)
+        shown = finite["dispersion"].clip(lower=1)
+        axes[0].plot(finite["round"], shown, "o-", markersize=4, color=colour, label=label)
+        axes[0].axhline(max(median, 1), color=colour, linewidth=0.8)
         axes[1].plot(run["round"], run["pruning_error"], color=colour, label=split)
         axes[2].plot(run["round"], run["pruning_distance"], color=colour, label=split)
     axes[0].set(yscale="log", ylabel=names["dispersion"], title=SETTINGS[runs["lr_schedule"].iloc[0]])
