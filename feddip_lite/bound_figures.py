@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .bound_report import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, removed_so_far, summary
+from .bound_report import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
 from .experiments import splits
 from .figures import AXES, COLOURS, INK, grid, styled
 
@@ -70,14 +70,15 @@ def _path_row(axes: np.ndarray, runs: pd.DataFrame, order: list[str]) -> None:
         split, points = run["split"].iloc[0], checkpoints(run)
         colour = SPLIT_COLOURS[order.index(split)]
         finite = points[np.isfinite(points["dispersion"])]
-        median, hidden = finite["dispersion"].median(), len(points) - len(finite)
+        median, hidden = gamma_of(run, typical=True), len(points) - len(finite)
         label = f"{split}: median {median:.3g}" + (f", hidden at {hidden} of {len(points)}" if hidden else "")
         shown = finite["dispersion"].clip(lower=1)
         axes[0].plot(finite["round"], shown, "o-", markersize=4, color=colour, label=label)
-        axes[0].axhline(max(median, 1), color=colour, linewidth=0.8)
+        axes[0].axhline(median, color=colour, linewidth=0.8)
         axes[1].plot(run["round"], run["pruning_error"], color=colour, label=split)
         axes[2].plot(run["round"], run["pruning_distance"], color=colour, label=split)
-    axes[0].set(yscale="log", ylabel=names["dispersion"], title=SETTINGS[runs["lr_schedule"].iloc[0]])
+    axes[0].set(yscale="log", ylabel=names["dispersion"], ylim=(0.8, max(10, 1.3 * axes[0].get_ylim()[1])))
+    axes[0].set(xlim=axes[1].get_xlim(), title=SETTINGS[runs["lr_schedule"].iloc[0]])
     axes[1].set(ylabel=names["pruning_error"])
     axes[2].set(ylabel=REMOVED)
     for panel in axes:
@@ -117,7 +118,7 @@ def pruning_term(runs: pd.DataFrame, title: str) -> Figure:
 def shares(runs: pd.DataFrame, title: str) -> Figure:
     """The share of each term of the right side, consistent and as printed; two bars per run, for the largest gamma and
     for its median."""
-    each = list(each_run(runs))
+    each = each_run(runs)
     figure, axes = grid(1, 2, 5.6, 0.62 * len(each) + 1.0)
     for panel, printed in zip(axes[0], (False, True), strict=True):
         bars = {}

@@ -6,7 +6,6 @@ Runs come as `experiments.describe` returns them (`recorded("bound/lite")`), wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -14,6 +13,7 @@ import pandas as pd
 
 from .bound import Bound, Estimates, assemble
 from .bound_runs import ESTIMATES
+from .experiments import splits
 
 SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
 """What a run's `lr_schedule` makes of it."""
@@ -21,9 +21,16 @@ TERMS = tuple(item.name for item in fields(Bound))[1:]
 GAMMAS = {"largest": "", "median": "typical_"}  # prefixes in `summary`
 
 
-def each_run(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """The runs, one by one, in their order."""
-    return (run for _, run in runs.groupby("run_id", sort=False))
+def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """The runs one by one: the theorem's setting first, IID first, then by preset and by R."""
+    order = splits(runs)
+
+    def place(run: pd.DataFrame) -> tuple:
+        first = run.iloc[0]
+        names = (first[name] for name in ("preset", "mask_interval", "seed", "run_id"))
+        return list(SETTINGS).index(first["lr_schedule"]), order.index(first["split"]), *names
+
+    return sorted((run for _, run in runs.groupby("run_id")), key=place)
 
 
 def checkpoints(run: pd.DataFrame) -> pd.DataFrame:
@@ -39,11 +46,15 @@ def gamma_of(run: pd.DataFrame, typical: bool) -> float:
 
 
 def bound_of(run: pd.DataFrame, *, typical: bool = False, printed: bool = False) -> Bound:
-    """The bound of one run, for the largest gamma or a `typical` one, consistent or as `printed`. What pruning removed
-    before round 0 is not in its sum: the theorem starts at the pruned model."""
+    """The bound of one run, for the largest gamma or a `typical` one, consistent or as `printed`.
+
+    What pruning removed before round 0 is not in its sum: the theorem starts at the pruned model. In the theorem's
+    setting L is that of the learning rate 1/(tL), unless a larger one was found.
+    """
     first, removed = run.iloc[0], run["pruning_distance"].iloc[1:]
     path = [Estimates(**row) for row in checkpoints(run)[list(ESTIMATES)].to_dict("records")]
     sizes = {"participants": int(first["clients_per_round"]), "steps": int(first["local_steps"])}
+    sizes |= {"smooth": first["smoothness"]} if first["lr_schedule"] == "theory" else {}
     return assemble(path, removed, **sizes, gamma=gamma_of(run, typical), printed=printed)
 
 
@@ -67,7 +78,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         first, points = run.iloc[0], checkpoints(run)
         row = {name: first[name] for name in ("run_id", "label", "split", "preset", "mask_interval", "lr_schedule")}
         row |= {"name": f"{first['split']}, {SETTINGS[first['lr_schedule']]}"}
-        row |= {"smoothness": points[["sharpness", "secant"]].max(axis=None)}
+        row |= {"rate": first["smoothness"], "sharpness": points[["sharpness", "secant"]].max(axis=None)}
         row |= {"lipschitz": points[["lipschitz", "pruning_lipschitz"]].max(axis=None)}
         row |= {name: points[name].max() for name in ("variance", "second_moment")}
         row |= {"gamma": gamma_of(run, False), "typical_gamma": gamma_of(run, True)}
@@ -84,8 +95,9 @@ def estimates_table(runs: pd.DataFrame) -> str:
     heads = "run | L [F/W²] | μ [F/W] | Σρσ² [F²/W²] | G² [F²/W²] | γ: median | γ: largest | γ hidden by noise at"
     lines = [f"| {heads} | Σ√δ‖w‖ [W] | left side [F²/W²] | final accuracy |", "|" + " --- |" * 11]
     for row in summary(runs).itertuples():
-        cells = [row.smoothness, row.lipschitz, row.variance, row.second_moment, row.typical_gamma, row.gamma]
-        words = [f"{row.label}: {row.name}", *(f"{cell:.3g}" for cell in cells)]
+        rate = f" ({row.rate:g} in the rate)" if row.lr_schedule == "theory" else ""
+        cells = [row.lipschitz, row.variance, row.second_moment, row.typical_gamma, row.gamma]
+        words = [f"{row.label}: {row.name}", f"{row.sharpness:.3g}{rate}", *(f"{cell:.3g}" for cell in cells)]
         words += [f"{row.hidden} of {row.checkpoints}", f"{row.removed:.3g}", f"{row.left:.3g}", f"{row.accuracy:.4f}"]
         lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines)
@@ -96,15 +108,18 @@ def reading(runs: pd.DataFrame) -> str:
     lines = []
     for run, row in zip(each_run(runs), summary(runs).to_dict("records"), strict=True):
         right = sum(row[name] for name in TERMS)
-        line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.1e} times the left; its "
-        line += f"first term alone is {row['initial'] / row['left']:.1e} times the left. "
-        for kind, prefix in GAMMAS.items():
-            total = sum(row[prefix + name] for name in TERMS)
-            order = sorted(TERMS, key=lambda name: -row[prefix + name])
-            said = ", ".join(f"{name} {100 * row[prefix + name] / total:.3g} %" for name in order)
-            line += f"With the {kind} γ ({row[prefix + 'gamma']:.3g}): {said}; {_crossing(run, kind == 'median')}. "
-        lines.append(line + f"Pruning is charged {row['overcharged']:.0f} times what it does to f (median).")
+        line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.2g} times the left, its "
+        line += f"first term alone {row['initial'] / row['left']:.2g} times. "
+        line += "".join(_shares(run, row, kind) for kind in GAMMAS)
+        lines.append(line + f"μ charges {row['overcharged']:.2g} times what pruning really does to f (median).")
     return "\n".join([*lines, "", _dominance(summary(runs))])
+
+
+def _shares(run: pd.DataFrame, row: dict, kind: str) -> str:
+    terms = {name: row[GAMMAS[kind] + name] for name in TERMS}
+    ordered = sorted(terms.items(), key=lambda term: -term[1])
+    said = ", ".join(f"{name} {100 * value / sum(terms.values()):.1f} %" for name, value in ordered)
+    return f"With the {kind} γ ({row[GAMMAS[kind] + 'gamma']:.3g}): {said}; {_crossing(run, kind == 'median')}. "
 
 
 def _crossing(run: pd.DataFrame, typical: bool) -> str:

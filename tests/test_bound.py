@@ -315,6 +315,12 @@ def test_the_bound_as_the_slide_prints_it_and_as_descent_gives_it():
     assert bound.shares()["pruning"] == pytest.approx(18 / (12 + 18 + bound.noise + bound.drift))
 
 
+def test_the_learning_rates_smoothness_counts_where_it_is_larger_than_the_one_found():
+    path, larger = [checkpoint(2.0), checkpoint(1.0)], [checkpoint(2.0, sharpness=8.0), checkpoint(1.0)]
+    assert assemble(path, [0.5], **RUN, smooth=8.0) == assemble(larger, [0.5], **RUN)
+    assert assemble(path, [0.5], **RUN, smooth=3.0) == assemble(path, [0.5], **RUN) != assemble(larger, [0.5], **RUN)
+
+
 def in_other_units(each: Estimates, loss: float, weight: float) -> Estimates:
     """The same checkpoint with the loss in units 1/`loss` and the weights in units 1/`weight` as large."""
     powers = {"loss": (1, 0), "sharpness": (1, 2), "secant": (1, 2), "lipschitz": (1, 1), "pruning_lipschitz": (1, 1)}

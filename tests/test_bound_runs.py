@@ -219,6 +219,13 @@ def test_the_bound_of_a_record_is_that_of_its_estimates_without_the_first_prunin
     assert list(removed_so_far(run)) == [0, 1, 3, 7, 15]
 
 
+def test_the_theorems_smoothness_is_that_of_its_learning_rate():
+    run, slower = record(), record(**THEORY)  # 1/(40 t), where L = 5 was found
+    for name, factor in {"initial": 8, "pruning": 8, "noise": 1, "drift": 1, "left": 1}.items():
+        assert getattr(bound_of(slower), name) == pytest.approx(factor * getattr(bound_of(run), name))
+    assert "| 5 (40 in the rate) |" in estimates_table(slower)
+
+
 def test_pruning_overtakes_drift_where_its_sum_passes_it():
     run = record(gamma=(1.0 + 1e-3, 1.0, 1.0))
     drift = math.pi**2 / 6 * 1e-3 * 1.001 * 10**2 * 9
@@ -232,17 +239,17 @@ def test_pruning_overtakes_drift_where_its_sum_passes_it():
 
 def test_reading_says_which_term_dominates_and_from_which_sparsity_on():
     runs = pd.concat([record(), record(gamma=(1.1, 1.1, 1.1), partition="pathological", **THEORY)])
-    first, second, _, last = reading(runs).splitlines()
+    second, first, _, last = reading(runs).splitlines()
     assert first.startswith("- **FedDIP (mask_interval = 2): IID, experiments' setting**") and "stays below" in first
     assert "2 classes per client, theorem's setting" in second
-    assert second.count("pruning exceeds drift from round 4 on, at sparsity 0.900") == 2
+    assert second.count("pruning exceeds drift from round 2 on, at sparsity 0.700") == 2
     assert "The largest term of 2 runs: with the largest γ drift in 1, pruning in 1" in last
 
 
 def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
     runs = pd.concat([record(), record(seed=1)])
     (row, _) = summary(runs).to_dict("records")
-    assert (row["smoothness"], row["lipschitz"], row["second_moment"], row["removed"]) == (5, 2, 9, 15)
+    assert (row["sharpness"], row["lipschitz"], row["second_moment"], row["removed"]) == (5, 2, 9, 15)
     assert (row["hidden"], row["checkpoints"], row["overcharged"]) == (1, 3, 2)
     assert {name: row[name] for name in ("left", *TERMS)} == asdict(bound_of(record()))
     table = estimates_table(runs).splitlines()
@@ -253,13 +260,13 @@ def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
 # ---- figures
 
 
-def four() -> pd.DataFrame:
-    """Two partitions in the experiments' setting, one of them in the theorem's."""
-    return pd.concat([record(), record(partition="pathological"), record(**THEORY)])
+def three() -> pd.DataFrame:
+    """Two partitions in the experiments' setting, one of them in the theorem's, in no order."""
+    return pd.concat([record(**THEORY), record(partition="pathological"), record()])
 
 
 def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
-    panel = bound_figures.terms(four(), "Tiny").axes[-1]
+    panel = bound_figures.terms(three(), "Tiny").axes[-1]
     lines = {line.get_label(): line for line in panel.lines}
     run = record(partition="pathological")
     assert panel.get_title("left") == "2 classes per client, experiments' setting"
@@ -272,12 +279,12 @@ def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
 
 
 def test_a_partition_without_a_run_in_a_setting_leaves_its_panel_empty():
-    panels = bound_figures.terms(four(), "Tiny").axes
+    panels = bound_figures.terms(three(), "Tiny").axes
     assert [len(panel.lines) > 0 for panel in panels] == [True, False, True, True]
 
 
 def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
-    figure = bound_figures.path(four(), "Tiny")
+    figure = bound_figures.path(three(), "Tiny")
     texts = [text.get_text() for text in figure.axes[3].get_legend().get_texts()]
     assert texts == ["IID: median 2.5, hidden at 1 of 3", "2 classes per client: median 2.5, hidden at 1 of 3"]
     assert [len(line.get_xdata()) for line in figure.axes[3].lines[::2]] == [2, 2]
@@ -285,12 +292,17 @@ def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
 
 
 def test_shares_add_up_to_the_whole_in_both_forms():
-    figure = bound_figures.shares(four(), "Tiny")
+    figure = bound_figures.shares(three(), "Tiny")
     for panel in figure.axes:
         widths = np.array([[bar.get_width() for bar in bars] for bars in panel.containers])
         assert widths.shape == (len(TERMS), 6)
         np.testing.assert_allclose(widths.sum(0), 100)
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()][0].startswith("IID, experiments' setting")
+    labels = [text.get_text().split("\n")[0] for text in figure.axes[0].get_yticklabels()]
+    assert labels[::2] == [
+        "IID, theorem's setting",
+        "IID, experiments' setting",
+        "2 classes per client, experiments' setting",
+    ]
 
 
 def test_pruning_term_has_a_line_per_preset_over_the_intervals_that_were_run():
@@ -304,7 +316,7 @@ def test_pruning_term_has_a_line_per_preset_over_the_intervals_that_were_run():
 
 @pytest.mark.parametrize("draw", [bound_figures.terms, bound_figures.path, bound_figures.shares])
 def test_figures_say_data_and_rounds_and_are_saved_to_the_same_bytes(draw, tmp_path):
-    figure, again = draw(four(), "Tiny"), draw(four(), "Tiny")
+    figure, again = draw(three(), "Tiny"), draw(three(), "Tiny")
     assert "digits, LeNet-5, T = 4 rounds" in figure.get_suptitle()
     assert "theory" not in figure.get_suptitle()
     paths = save_figure(figure, "bound", tmp_path / "a"), save_figure(again, "bound", tmp_path / "b")
