@@ -132,7 +132,7 @@ class Estimates:
     round: int  # the next one
     loss: float  # f(w') [F]
     gradient_square: float  # ||grad f(w')||^2 [F^2/W^2]
-    smoothness: float  # L at w'
+    sharpness: float  # L at w' (a configuration's `smoothness` stands beside it in recorded runs)
     secant: float  # L between w and w'
     lipschitz: float  # mu at w and w'
     pruning_lipschitz: float  # mu between them
@@ -213,7 +213,7 @@ class Bound:
 
 def assemble(
     path: Sequence[Estimates], distances: Iterable[float], *, participants: int, steps: int, gamma: float | None = None,
-    printed: bool = False,
+    smooth: float = 0.0, printed: bool = False,
 ) -> Bound:  # fmt: skip
     """A run's bound from its checkpoints, evenly spread: the mean of the left side, the largest of each constant.
 
@@ -227,7 +227,7 @@ def assemble(
 
     Args:
         distances: sqrt(delta_t) ||w_t|| [W] of every round. participants: K. steps: E_l, local steps, not epochs.
-        gamma: in place of the largest finite one; counts as 1 if below.
+        gamma: in place of the largest finite one; counts as 1 if below. smooth: the learning rate's L, if larger.
 
     Raises:
         ValueError: gamma is not finite, or at no checkpoint.
@@ -240,7 +240,7 @@ def assemble(
     gamma = largest("dispersion") if gamma is None else gamma
     if not math.isfinite(gamma):
         raise ValueError(f"gamma: {gamma} is not valid, or so at every checkpoint; expected a finite number")
-    gamma, smooth, losses = max(gamma, 1.0), largest("smoothness", "secant"), [each.loss for each in path]
+    losses, gamma, smooth = [each.loss for each in path], max(gamma, 1.0), max(smooth, largest("sharpness", "secant"))
     pruning = 2 * smooth * largest("lipschitz", "pruning_lipschitz") * sum(distances)
     noise = math.pi**2 / 6 * largest("variance") / participants
     drift = math.pi**2 / 6 * (gamma - 1) * gamma * steps**2 * largest("second_moment")

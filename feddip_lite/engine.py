@@ -75,7 +75,7 @@ def execute(
         if not read_run(folder, config.run_id):  # else by another process, while this one waited, or was killed
             start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
             last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
-            facts = provenance(state.weights.device, clients.workers.slots, **_facts(clients, config, last))
+            facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, last))
             save_run(folder, config, history_of(last, config), facts, last.skipped)
         path.unlink(missing_ok=True)
         return read_run(folder, config.run_id)[0]
@@ -96,11 +96,8 @@ def _train(
     with _bar_of(show, progress, config) as bar, running(config), _naming_last_loss(progress):
         try:
             while progress.state.round < config.rounds:
-                remembering = replace(clients, memories=progress.memories)
-                state, record = run_round(progress.state, remembering, method, config)
-                progress.state, progress.memories = state, {**progress.memories, **record.memories}
-                _account(progress, record)
-                progress.train_loss = record.train_loss
+                record = advance(progress, clients, method, config)
+                state = progress.state
                 if state.round % config.eval_every == 0 or state.round == config.rounds:
                     metrics = evaluate_state(state, clients)
                     now = time.monotonic()
@@ -153,11 +150,17 @@ def _bar_of(show: bool | tqdm, progress: Progress, config: Config):
     return nullcontext(show)
 
 
-def _account(progress: Progress, record: RoundRecord) -> None:
+def advance(progress: Progress, clients: Clients, method: Method, config: Config) -> RoundRecord:
+    """One round: `progress` takes the new state, the clients' memories, the bytes, the loss, and who was skipped."""
+    remembering = replace(clients, memories=progress.memories)
+    progress.state, record = run_round(progress.state, remembering, method, config)
+    progress.memories = {**progress.memories, **record.memories}
     progress.up_bytes += record.up_bytes
     progress.down_bytes += record.down_bytes
+    progress.train_loss = record.train_loss
     for client, reason in record.skipped.items():
         progress.skipped.append({"round": record.round, "client": client, "reason": reason})
+    return record
 
 
 def _row(record: RoundRecord, metrics: dict, progress: Progress, seconds: float) -> dict:
@@ -175,7 +178,8 @@ def history_of(progress: Progress, config: Config) -> pd.DataFrame:
     return history.assign(local_accuracy=float("nan")) if config.partition == "iid" else history
 
 
-def _facts(clients: Clients, config: Config, progress: Progress) -> dict:
+def facts_of(clients: Clients, config: Config, progress: Progress) -> dict:
+    """What a run's provenance says beyond versions and hardware."""
     data = clients.data
     return {
         "precision": config.precision,

@@ -90,22 +90,22 @@ def run_lock(folder: Path, run_id: str):
 
 
 def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Mapping, skipped: list) -> None:
-    """Write `<run_id>.csv`, then `<run_id>.json`, whose presence says that the run is complete."""
-    table = history.to_csv(index=False, lineterminator="\n").encode()
+    """Record a run's history with its headline values, as `save_table` does."""
     tail = history.tail(HEADLINE_ROWS)
     metrics = [name for name in ("accuracy", "top5_accuracy", "loss", "local_accuracy") if name in history]
-    record = {
-        "run_id": config.run_id,
-        "config": asdict(config),
-        "provenance": dict(provenance),
-        "final": {
-            "last": history.iloc[-1].to_dict(),
-            f"mean_last_{HEADLINE_ROWS}": tail[metrics].mean().to_dict(),
-            "best_accuracy": float(history["accuracy"].max()),
-        },
-        "skipped": skipped,
-        "csv_sha256": hashlib.sha256(table).hexdigest(),
+    final = {
+        "last": history.iloc[-1].to_dict(),
+        f"mean_last_{HEADLINE_ROWS}": tail[metrics].mean().to_dict(),
+        "best_accuracy": float(history["accuracy"].max()),
     }
+    save_table(folder, config, history, provenance=provenance, final=final, skipped=skipped)
+
+
+def save_table(folder: Path, config: Config, rows: pd.DataFrame, **facts) -> None:
+    """Write `<run_id>.csv`, then `<run_id>.json` with `facts`, whose presence says that the run is complete."""
+    table = rows.to_csv(index=False, lineterminator="\n").encode()
+    record = {"run_id": config.run_id, "config": asdict(config), **facts}
+    record["csv_sha256"] = hashlib.sha256(table).hexdigest()
     text = json.dumps(plain(record), indent=1, allow_nan=False).removesuffix("\n}").encode()
     atomic_write(folder / f"{config.run_id}.csv", table)
     atomic_write(folder / f"{config.run_id}.json", _sealed(text))

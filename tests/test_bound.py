@@ -278,7 +278,7 @@ def test_a_dense_checkpoint_has_no_pruning_error_and_nothing_between_two_points(
     found = estimate(state, clients, tiny_config(), **FAST)
     assert (found.pruning_error, found.pruning_distance) == (0, 0)
     assert math.isnan(found.secant) and math.isnan(found.pruning_lipschitz)
-    assert found.smoothness > 0
+    assert found.sharpness > 0
 
 
 def test_a_diverged_checkpoint_is_refused(federation):
@@ -289,7 +289,7 @@ def test_a_diverged_checkpoint_is_refused(federation):
 
 def checkpoint(loss: float = 2.0, **changes) -> Estimates:
     """Estimates by hand: L = 4, mu = 3, sum rho sigma^2 = 0.6, G^2 = 9, gamma = 1.5."""
-    values = {"gradient_square": 1.0, "smoothness": 4.0, "secant": 2.0, "lipschitz": 3.0, "pruning_lipschitz": 1.0}
+    values = {"gradient_square": 1.0, "sharpness": 4.0, "secant": 2.0, "lipschitz": 3.0, "pruning_lipschitz": 1.0}
     values |= {"variance": 0.6, "second_moment": 9.0, "second_moment_99": 8.0, "dispersion": 1.5}
     values |= {"raw_dispersion": 1.6, "pruning_error": 0.1, "pruning_distance": 0.5}
     return Estimates(round=0, loss=loss, **{**values, **changes})
@@ -299,7 +299,7 @@ RUN = {"participants": 5, "steps": 10}
 
 
 def test_the_bound_as_the_slide_prints_it_and_as_descent_gives_it():
-    path = [checkpoint(2.0, gradient_square=3.0), checkpoint(0.5), checkpoint(0.7, smoothness=1.0, secant=math.nan)]
+    path = [checkpoint(2.0, gradient_square=3.0), checkpoint(0.5), checkpoint(0.7, sharpness=1.0, secant=math.nan)]
     smooth, gamma = 4, 1.5
     chi = ((gamma - 1) * smooth**2 + smooth) / (2 * 5) * 0.6 + (gamma - 1) * gamma * 10**2 * smooth**2 * 9 / 2
     bound = assemble(path, [0.5, 0.25], **RUN, printed=True)
@@ -315,9 +315,15 @@ def test_the_bound_as_the_slide_prints_it_and_as_descent_gives_it():
     assert bound.shares()["pruning"] == pytest.approx(18 / (12 + 18 + bound.noise + bound.drift))
 
 
+def test_the_learning_rates_smoothness_counts_where_it_is_larger_than_the_one_found():
+    path, larger = [checkpoint(2.0), checkpoint(1.0)], [checkpoint(2.0, sharpness=8.0), checkpoint(1.0)]
+    assert assemble(path, [0.5], **RUN, smooth=8.0) == assemble(larger, [0.5], **RUN)
+    assert assemble(path, [0.5], **RUN, smooth=3.0) == assemble(path, [0.5], **RUN) != assemble(larger, [0.5], **RUN)
+
+
 def in_other_units(each: Estimates, loss: float, weight: float) -> Estimates:
     """The same checkpoint with the loss in units 1/`loss` and the weights in units 1/`weight` as large."""
-    powers = {"loss": (1, 0), "smoothness": (1, 2), "secant": (1, 2), "lipschitz": (1, 1), "pruning_lipschitz": (1, 1)}
+    powers = {"loss": (1, 0), "sharpness": (1, 2), "secant": (1, 2), "lipschitz": (1, 1), "pruning_lipschitz": (1, 1)}
     powers |= dict.fromkeys(("gradient_square", "variance", "second_moment", "second_moment_99"), (2, 2))
     powers |= {"pruning_distance": (0, -1)}
     return replace(each, **{name: getattr(each, name) * loss**a / weight**b for name, (a, b) in powers.items()})

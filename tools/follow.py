@@ -1,0 +1,46 @@
+"""Record what the convergence bound's terms are worth: `python tools/follow.py params/bound/lite.yaml`
+
+Follows every run of the queue, in order, and records it in a folder of its own (default: build/results/bound/<name>).
+What is there already costs nothing; an interrupted run goes on from its last estimates. One line per run on stdout.
+Exit code: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from feddip_lite.bound_runs import follow_all
+from feddip_lite.failures import ClientFailure
+from feddip_lite.profiles import load_profile
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("queue", type=Path, help="a file such as params/bound/lite.yaml")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: build/results/bound/<name of the queue>")
+    parser.add_argument("--workers", metavar="N", type=int, help="clients side by side; default: one per core")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    given = parser.parse_args(arguments)
+    folder = given.results or Path("build/results/bound") / given.queue.stem
+    try:
+        queue = load_profile(given.queue)
+        if given.workers is not None:
+            queue = [replace(config, workers=given.workers) for config in queue]
+        follow_all(queue, folder, progress=not given.quiet)
+    except (ValueError, FileNotFoundError) as error:
+        return _say(error, 2)
+    except (ClientFailure, OSError) as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from the last estimates", 130)
+    return 0
+
+
+def _say(message: object, status: int) -> int:
+    print(f"tools/follow.py: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
