@@ -103,15 +103,25 @@ def estimates_table(runs: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def removed_list(runs: pd.DataFrame) -> str:
+    """Markdown: what pruning removes in a whole run for each R, rounds between masks; a line per split and preset."""
+    lines = []
+    for (split, preset), own in summary(runs).groupby(["split", "preset"]) if len(runs) else ():
+        means = own.groupby("mask_interval")["removed"].mean()
+        said = ", ".join(f"R = {interval:g}: {removed:.3g}" for interval, removed in means.items())
+        lines.append(f"- {split}, `{preset}`: Σ√δ‖w‖ [W] is {said}")
+    return "\n".join(lines)
+
+
 def reading(runs: pd.DataFrame) -> str:
     """Markdown: which term dominates the consistent bound in each run, and from which sparsity on it is pruning."""
     lines = []
     for run, row in zip(each_run(runs), summary(runs).to_dict("records"), strict=True):
         right = sum(row[name] for name in TERMS)
-        line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.2g} times the left, its "
-        line += f"first term alone {row['initial'] / row['left']:.2g} times. "
+        line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.3g} times the left, its "
+        line += f"first term alone {row['initial'] / row['left']:.3g} times. "
         line += "".join(_shares(run, row, kind) for kind in GAMMAS)
-        lines.append(line + f"μ charges {row['overcharged']:.2g} times what pruning really does to f (median).")
+        lines.append(line + f"μ charges {row['overcharged']:.3g} times what pruning really does to f (median).")
     return "\n".join([*lines, "", _dominance(summary(runs))])
 
 
@@ -119,7 +129,8 @@ def _shares(run: pd.DataFrame, row: dict, kind: str) -> str:
     terms = {name: row[GAMMAS[kind] + name] for name in TERMS}
     ordered = sorted(terms.items(), key=lambda term: -term[1])
     said = ", ".join(f"{name} {100 * value / sum(terms.values()):.1f} %" for name, value in ordered)
-    return f"With the {kind} γ ({row[GAMMAS[kind] + 'gamma']:.3g}): {said}; {_crossing(run, kind == 'median')}. "
+    crossing = _crossing(run, kind == "median") if terms["drift"] else "nothing drifts"
+    return f"With the {kind} γ ({row[GAMMAS[kind] + 'gamma']:.3g}): {said}; {crossing}. "
 
 
 def _crossing(run: pd.DataFrame, typical: bool) -> str:
@@ -132,6 +143,7 @@ def _crossing(run: pd.DataFrame, typical: bool) -> str:
 def _dominance(rows: pd.DataFrame) -> str:
     said = []
     for kind, prefix in GAMMAS.items():
-        first = rows[[prefix + name for name in TERMS]].idxmax(axis=1).str.removeprefix(prefix).value_counts()
-        said.append(f"with the {kind} γ " + ", ".join(f"{name} in {count}" for name, count in first.items()))
+        first = rows[[prefix + name for name in TERMS]].idxmax(axis=1).str.removeprefix(prefix)
+        counts = {name: int((first == name).sum()) for name in TERMS}
+        said.append(f"with the {kind} γ " + ", ".join(f"{name} in {count}" for name, count in counts.items() if count))
     return f"The largest term of {len(rows)} runs: {'; '.join(said)}. Drift is what heterogeneity costs."

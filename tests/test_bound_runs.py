@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FAST, TINY, names, read_outputs, tiny_config
+from conftest import TINY, names, read_outputs, tiny_config
 
 from feddip_lite import bound_figures, bound_runs
 from feddip_lite.bound import Objective, assemble, estimate, pruning_distance
@@ -22,6 +22,7 @@ from feddip_lite.bound_report import (
     gamma_of,
     overtaking,
     reading,
+    removed_list,
     removed_so_far,
     summary,
 )
@@ -34,7 +35,7 @@ from feddip_lite.results import ROOT, load_results, read_run
 from feddip_lite.server import evaluate_state
 
 COARSE = {"batches": 2, "curvature_samples": 30, "iterations": 2, "progress": False}
-SHORT = {**FAST, "rounds": 5, "eval_every": 2, "mask_interval": 2}
+SHORT = {"clients": 12, "clients_per_round": 2, "rounds": 5, "eval_every": 2, "mask_interval": 2}
 THEORY = {"lr_schedule": "theory", "smoothness": 40.0}
 
 
@@ -243,7 +244,7 @@ def test_reading_says_which_term_dominates_and_from_which_sparsity_on():
     assert first.startswith("- **FedDIP (mask_interval = 2): IID, experiments' setting**") and "stays below" in first
     assert "2 classes per client, theorem's setting" in second
     assert second.count("pruning exceeds drift from round 2 on, at sparsity 0.700") == 2
-    assert "The largest term of 2 runs: with the largest γ drift in 1, pruning in 1" in last
+    assert "The largest term of 2 runs: with the largest γ pruning in 1, drift in 1" in last
 
 
 def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
@@ -255,6 +256,15 @@ def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
     table = estimates_table(runs).splitlines()
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
     assert "| 5 | 2 | 0.6 | 9 | 2.5 | 3 | 1 of 3 | 15 | 3 | 0.9000 |" in table[2]
+
+
+def test_what_pruning_removes_is_listed_by_preset_and_interval():
+    runs = pd.concat([record(mask_interval=20, distance=(9, 1, 1, 1, 1)), record(), record(preset="repo")])
+    assert removed_list(runs).splitlines() == [
+        "- IID, `paper`: Σ√δ‖w‖ [W] is R = 2: 15, R = 20: 4",
+        "- IID, `repo`: Σ√δ‖w‖ [W] is R = 2: 15",
+    ]
+    assert removed_list(runs.iloc[:0]) == ""
 
 
 # ---- figures
