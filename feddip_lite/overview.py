@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -50,7 +51,7 @@ def methods_table() -> str:
         rows.append([f"`{name}`", title_of(name), *words, about.source])
         if about.assumed:
             notes.append(f"- {title_of(name)}: {about.assumed}")
-    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    table = "\n".join("| " + " | ".join(re.sub(r"([|*])", r"\\\1", cell) for cell in row) + " |" for row in rows)
     intro = f"{DAGGER} A reconstruction: its source's details were not to be had. Assumed:"
     return "\n".join([table, "", intro, "", *notes])
 
