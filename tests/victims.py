@@ -143,18 +143,19 @@ def doomed_sweep(arguments: list[str], step: str, suffix: str, nth: int) -> int:
     return main(arguments)
 
 
-_account = engine._account
+_advance = engine.advance
 
 
 def note_rounds(path: Path, run_id: str) -> None:
     """From now on every round that ends adds a line `<pid> <run id> <round>` to `path`, even if it is the last."""
     log = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
-    def noting(progress, record):
-        _account(progress, record)
+    def noting(*arguments):
+        record = _advance(*arguments)
         os.write(log, f"{os.getpid()} {run_id} {record.round}\n".encode())
+        return record
 
-    engine._account = noting
+    engine.advance = noting
 
 
 def _deadly(name: str, calls: int, *owners) -> None:
@@ -224,11 +225,12 @@ def watched_run(config, folder: Path, path: Path) -> None:
     """`run`, and in the JSON file `path` [resident bytes, CPU seconds so far] after each round."""
     facts = []
 
-    def noting(progress, record):
-        _account(progress, record)
+    def noting(*arguments):
+        record = _advance(*arguments)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         facts.append((pages * os.sysconf("SC_PAGE_SIZE"), time.process_time()))
+        return record
 
-    engine._account = noting
+    engine.advance = noting
     engine.run(config, results_dir=folder, checkpoint_every=25, progress=False)
     path.write_text(json.dumps(facts))
