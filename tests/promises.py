@@ -54,7 +54,6 @@ PROMISES = {
             one(
                 test_resume.test_killed_run_goes_on_to_the_same_bits_and_loses_one_round_at_most,
                 test_resume.test_many_killed_runs_go_on_to_the_same_bits,
-                test_checkpoint.test_killed_run_resumes_to_the_same_bits,
                 test_checkpoint.test_interrupted_run_resumes_to_the_same_bits,
             ),
         ),

@@ -1,13 +1,11 @@
 """Laws of interruption: a run resumes to the same bits, and a checkpoint is whole or refused by name."""
 
 import math
-import signal
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAST, Remembering, csv_without_seconds, flags, interrupted, names, same_history, start, tiny_config
+from conftest import FAST, Remembering, csv_without_seconds, interrupted, names, same_history, tiny_config
 
 from feddip_lite import run
 from feddip_lite.checkpoint import load_checkpoint, save_checkpoint
@@ -62,21 +60,6 @@ def test_checkpoint_every_round_loses_at_most_one_round_to_a_failure(tmp_path, m
     assert load_checkpoint(tmp_path / f"{config.run_id}.checkpoint", config, CPU).state.round == 3
     monkeypatch.setitem(METHODS, remembering, Remembering)
     assert same_history(whole, run(config, results_dir=tmp_path, progress=False))
-
-
-def test_killed_run_resumes_to_the_same_bits(tmp_path):
-    settings = {"rounds": 150, "eval_every": 50, **FAST}
-    config = tiny_config(**settings)
-    path = tmp_path / f"{config.run_id}.checkpoint"
-    process = start(tmp_path, "--checkpoint-every=10", *flags(**settings))
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 0 < load_checkpoint(path, config, CPU).state.round < 150
-    assert same_history(run(config, results_dir=tmp_path, progress=False), run(config, progress=False))
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ history = run(config, results_dir=folder, checkpoint_every=1)
 """
 
 
+@pytest.mark.slow
 def test_notebook_killed_in_the_middle_of_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, reproduce):
     config = tiny_config(**FAST, rounds=5)
     folder = tmp_path / "results"
