@@ -291,6 +291,7 @@ def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
 def test_a_partition_without_a_run_in_a_setting_leaves_its_panel_empty():
     panels = bound_figures.terms(three(), "Tiny").axes
     assert [len(panel.lines) > 0 for panel in panels] == [True, False, True, True]
+    assert [panel.axison for panel in panels] == [True, False, True, True]
 
 
 def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
