@@ -12,6 +12,7 @@ from pathlib import Path
 
 from feddip_lite.bound_runs import follow_all
 from feddip_lite.failures import ClientFailure
+from feddip_lite.plan import Diverged
 from feddip_lite.profiles import load_profile
 
 
@@ -28,9 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given.workers is not None:
             queue = [replace(config, workers=given.workers) for config in queue]
         follow_all(queue, folder, progress=not given.quiet)
+    except (ClientFailure, Diverged) as error:
+        return _say(error, 1)
     except (ValueError, FileNotFoundError) as error:
         return _say(error, 2)
-    except (ClientFailure, OSError) as error:
+    except OSError as error:
         return _say(error, 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the last estimates", 130)
