@@ -18,10 +18,12 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
 from .failures import ClientFailure
 from .federation import prepare
+from .layout import Layout
 from .methods import Method
 from .plan import Diverged
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
-from .server import Clients, RoundRecord, evaluate_state, run_round
+from .server import Clients, RoundRecord, ServerState, evaluate_state, run_round
+from .sparsity import kept_per_layer
 
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
 
@@ -76,7 +78,8 @@ def execute(
             start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
             last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
             facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, last))
-            save_run(folder, config, history_of(last, config), facts, last.skipped)
+            left = {"layers": layers_of(method.layout, last.state), "mask": last.state.mask}
+            save_run(folder, config, history_of(last, config), facts, last.skipped, **left)
         path.unlink(missing_ok=True)
         return read_run(folder, config.run_id)[0]
 
@@ -187,6 +190,13 @@ def facts_of(clients: Clients, config: Config, progress: Progress) -> dict:
         "split_sha256": clients.split_sha256,
         "wall_seconds": progress.wall_seconds,
     }
+
+
+def layers_of(layout: Layout, state: ServerState) -> list[dict]:
+    """{name, shape, kept} of each prunable tensor: how many of its weights are not zero in the sparse model w*m."""
+    kept = kept_per_layer(layout, state.weights[: layout.prunable] * state.mask != 0)
+    slots = zip(layout.prunable_slots, kept, strict=True)
+    return [{"name": slot.name, "shape": list(slot.shape), "kept": count} for slot, count in slots]
 
 
 @contextmanager

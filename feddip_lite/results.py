@@ -1,12 +1,14 @@
-"""Recorded runs: a CSV of rounds and a JSON of circumstances each; written whole or not at all, checked on reading."""
+"""Recorded runs: a CSV of rounds, a JSON of circumstances, the last mask; written whole or not at all, and checked."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import math
 import os
 import platform
+import zlib
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -17,6 +19,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from scipy import stats
+from torch import Tensor
 
 from . import __version__
 from .config import Config
@@ -34,7 +37,6 @@ COLUMNS = (
 INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown")
 
 _SEAL = b',\n "sha256": "'  # at the end of a record stands the SHA-256 of all before it
-_KEYS = set("run_id config provenance final skipped csv_sha256".split())
 
 HEADLINE_ROWS = 10  # the headline value is the mean of the last ten evaluated rounds
 
@@ -89,8 +91,15 @@ def run_lock(folder: Path, run_id: str):
         lock.release()
 
 
-def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Mapping, skipped: list) -> None:
-    """Record a run's history with its headline values, as `save_table` does."""
+def save_run(
+    folder: Path, config: Config, history: pd.DataFrame, provenance: Mapping, skipped: list, layers=(), mask=None
+) -> None:
+    """Record a run's history with its headline values, as `save_table` does, and what is left of the final model.
+
+    Args:
+        layers: a {name, shape, kept} per prunable tensor, `kept` of its weights not zero.
+        mask: (P,) bool, written to `<run_id>.mask` unless it keeps everything; `read_mask` has it back.
+    """
     tail = history.tail(HEADLINE_ROWS)
     metrics = [name for name in ("accuracy", "top5_accuracy", "loss", "local_accuracy") if name in history]
     final = {
@@ -98,11 +107,16 @@ def save_run(folder: Path, config: Config, history: pd.DataFrame, provenance: Ma
         f"mean_last_{HEADLINE_ROWS}": tail[metrics].mean().to_dict(),
         "best_accuracy": float(history["accuracy"].max()),
     }
-    save_table(folder, config, history, provenance=provenance, final=final, skipped=skipped)
+    facts = {"provenance": provenance, "final": final, "skipped": skipped, "layers": layers}
+    if mask is not None and not mask.all():
+        bits = zlib.compress(np.packbits(mask.cpu().numpy()).tobytes(), 9)
+        atomic_write(folder / f"{config.run_id}.mask", bits)
+        facts["mask_sha256"] = hashlib.sha256(bits).hexdigest()
+    save_table(folder, config, history, **facts)
 
 
 def save_table(folder: Path, config: Config, rows: pd.DataFrame, **facts) -> None:
-    """Write `<run_id>.csv`, then `<run_id>.json` with `facts`, whose presence says that the run is complete."""
+    """Write `<run_id>.csv`, then `<run_id>.json` with `facts`: its presence says that the run is complete."""
     table = rows.to_csv(index=False, lineterminator="\n").encode()
     record = {"run_id": config.run_id, "config": asdict(config), **facts}
     record["csv_sha256"] = hashlib.sha256(table).hexdigest()
@@ -127,8 +141,7 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     try:
         text = path.read_bytes()
         record = json.loads(text)
-        sealed = record.pop("sha256", None) is not None  # the first recorded runs are not
-        if text != _sealed(text.partition(_SEAL)[0]) if sealed else set(record) != _KEYS:
+        if text != _sealed(text.partition(_SEAL)[0]):
             raise ValueError("not what was written")
         table = path.with_suffix(".csv").read_bytes()
         expected, own_id = record["csv_sha256"], record["run_id"]
@@ -139,6 +152,28 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     # Text first: Python's own float is exact, pandas' parser only from some version on.
     history = pd.read_csv(io.BytesIO(table), dtype=str)
     return history.astype({name: int if name in INTEGER_COLUMNS else float for name in history}), record
+
+
+def read_mask(folder: Path, run_id: str) -> Tensor | None:
+    """The mask (P,) bool a recorded run ended with, all True for a dense one; None if its record is older than masks.
+
+    Raises:
+        ValueError: the file is missing or damaged; names it and the remedy.
+        FileNotFoundError: there is no such run.
+    """
+    stored, path = read_run(folder, run_id), Path(folder) / f"{run_id}.mask"
+    if stored is None:
+        raise FileNotFoundError(f"{path.with_suffix('.json')}: no such run")
+    record = stored[1]
+    if not record.get("layers"):
+        return None
+    count = sum(math.prod(layer["shape"]) for layer in record["layers"])
+    if "mask_sha256" not in record:
+        return torch.ones(count, dtype=torch.bool)
+    bits = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(bits).hexdigest() != record["mask_sha256"]:
+        raise ValueError(f"{path}: does not match {run_id}.json; delete that to run again")
+    return torch.from_numpy(np.unpackbits(np.frombuffer(zlib.decompress(bits), np.uint8), count=count).view(np.bool_))
 
 
 def config_of(record: Mapping) -> dict:

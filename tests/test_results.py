@@ -11,12 +11,13 @@ import tomllib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import FAST, environment, names, tiny_config
 from scipy import stats
 
 import feddip_lite
 from feddip_lite import load_results, run
-from feddip_lite.results import COLUMNS, ROOT, atomic_write, headline, interval, read_run, save_run
+from feddip_lite.results import COLUMNS, ROOT, atomic_write, headline, interval, read_mask, read_run, save_run
 
 
 def history_of(rounds=15, seed=0, **columns):
@@ -51,6 +52,44 @@ def test_record_holds_the_last_row_the_mean_of_the_last_ten_and_the_best(tmp_pat
     assert final["mean_last_10"]["accuracy"] == pytest.approx(history["accuracy"].iloc[5:].mean(), rel=1e-15)
     assert final["best_accuracy"] == history["accuracy"].max()
     assert final["last"]["local_accuracy"] is None  # NaN is not JSON
+
+
+@pytest.mark.parametrize("length", [1, 8, 61470 // 10 + 3])
+def test_mask_comes_back_bit_for_bit_and_damage_is_named(tmp_path, length):
+    mask = torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.1
+    mask[0] = False
+    layers = [{"name": "fc", "shape": [1, length], "kept": int(mask.sum())}]
+    run_id = tiny_config().run_id
+    save_run(tmp_path, tiny_config().resolved(), history_of(), {}, [], layers, mask)
+    assert torch.equal(read_mask(tmp_path, run_id), mask)
+    path = tmp_path / f"{run_id}.mask"
+    data = path.read_bytes()
+    for bad in (data[:-1], b"", bytes([data[0] ^ 1]) + data[1:]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_mask(tmp_path, run_id)
+    path.unlink()
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_mask(tmp_path, run_id)
+
+
+def test_a_dense_run_has_a_full_mask_without_a_file_and_an_old_record_none(tmp_path):
+    layers = [{"name": "fc", "shape": [3, 5], "kept": 15}]
+    save_run(tmp_path, tiny_config().resolved(), history_of(), {}, [], layers, torch.ones(15, dtype=torch.bool))
+    assert read_mask(tmp_path, tiny_config().run_id).tolist() == [True] * 15
+    assert not list(tmp_path.glob("*.mask"))
+    assert read_mask(tmp_path, save(tmp_path, tiny_config(seed=9))) is None
+    with pytest.raises(FileNotFoundError, match="no such run"):
+        read_mask(tmp_path, "feddip_digits_0")
+
+
+def test_a_run_records_its_last_mask_layer_by_layer(tmp_path):
+    config = tiny_config()
+    last = run(config, results_dir=tmp_path, progress=False).iloc[-1]
+    mask, layers = read_mask(tmp_path, config.run_id), read_run(tmp_path, config.run_id)[1]["layers"]
+    sizes = [math.prod(layer["shape"]) for layer in layers]
+    assert [int(part.sum()) for part in mask.split(sizes)] == [layer["kept"] for layer in layers]
+    assert 1 - sum(layer["kept"] for layer in layers) / sum(sizes) == pytest.approx(last["sparsity"], abs=1e-12)
 
 
 def test_absent_run_is_none_and_an_absent_or_empty_folder_has_no_results(tmp_path):
