@@ -14,8 +14,8 @@ from .checks import nearest
 from .datafiles import KEYS, read_arrays
 from .partition import Split, partition_dirichlet, partition_iid, partition_pathological
 
-__all__ = ["DATASETS", "Dataset", "Split", "augment", "crop", "draw_crops", "fit_images", "hold_out", "load_dataset"]
-__all__ += ["normalise", "partition_dirichlet", "partition_iid", "partition_pathological"]
+__all__ = ["DATASETS", "Dataset", "Split", "as_published", "augment", "crop", "draw_crops", "fit_images", "hold_out"]
+__all__ += ["load_dataset", "normalise", "partition_dirichlet", "partition_iid", "partition_pathological"]
 
 PAD = 4  # pixels around a CIFAR image before the random crop
 OFFSETS = 2 * PAD + 1
@@ -112,6 +112,14 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
         tensors |= {f"{part}_images": images, f"{part}_labels": torch.from_numpy(arrays[f"{part}_labels"]).long()}
     source = f"{_TITLES[name]}: {_SOURCES.get(f'{name} {variant}') or _SOURCES[variant]}"
     return Dataset(name=name, **tensors, **fixed, source=source, sha256=sha256, variant=variant)
+
+
+def as_published(dataset: Dataset) -> Dataset:
+    """CIFAR-100 normalised as in the published FedDIP code, whose mean and standard deviation are divided by 255 a
+    second time (docs/deviations.md D17); any other data set as it is."""
+    if dataset.name != "cifar100":
+        return dataset
+    return replace(dataset, **{key: tuple(value / 255 for value in getattr(dataset, key)) for key in ("mean", "std")})
 
 
 def fit_images(dataset: Dataset, channels: int, size: int) -> Dataset:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import Dataset
-from .layout import FlatModel, Layout
+from .federation import layout_of
+from .layout import FlatModel
 from .models import build_model
 from .results import atomic_write
 from .server import ServerState
@@ -42,7 +43,7 @@ def sparse_model(state: ServerState, data: Dataset, config: Config) -> nn.Module
         state: of a run of `config`; `data`: its `Clients.data`, whose images fit the model.
     """
     module = build_model(config.model, **_shape(data, config))
-    model = FlatModel(module, Layout.of(module))
+    model = FlatModel(module, layout_of(module, config))
     model.load(state.weights.cpu(), state.mask.cpu(), state.buffers.cpu())
     return module.eval()
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from .arithmetic import Autograd, fastest_arithmetic
 from .config import Config
 from .data import (
     Dataset,
     Split,
+    as_published,
     fit_images,
     hold_out,
     load_dataset,
@@ -39,7 +41,10 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     config = config.resolved()
     device = _device(config)
     keep_freed_memory()
+    options = config.method_options
     data = load_dataset(config.dataset)
+    if options.get("normalisation") == "published":
+        data = as_published(data)
     if config.validation:
         data = hold_out(data, config.validation, torch_generator(config.seed, "validation"))
     if config.model in INPUT_SHAPES:
@@ -62,7 +67,7 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
         model.arithmetic = Autograd(module, model.gradient, config.precision)
         return model
 
-    layout = Layout.of(build(), image_shape=(channels, size, size))
+    layout = layout_of(build(), config, (channels, size, size))
     reference = torch.from_numpy(reference_of(data, config))
     images = normalise(data.train_images[reference], data).to(device)
     context = Context(scratch, num_stages(config.model), images, data.train_labels[reference].to(device))
@@ -72,6 +77,12 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
     return state, Clients(data.to(device), train, test, Workers(models, slots, worker_model), split.sha256), method
+
+
+def layout_of(module: nn.Module, config: Config, image_shape: tuple[int, int, int] | None = None) -> Layout:
+    """The layout that a run of this configuration has; ResNet's shortcuts are prunable if its method says so (D19)."""
+    pruned = config.resolved().method_options.get("shortcuts") == "pruned"
+    return Layout.of(module, include_shortcut=pruned, image_shape=image_shape)
 
 
 def split_of(data: Dataset, config: Config) -> Split:

@@ -61,7 +61,7 @@ def local_update(
     model.load(w, mask, plan.buffers)
     pieces = _pieces(model, w, mask)
     model.module.train(plan.mode != "score")
-    losses, sizes = [], []
+    losses, sizes, statistics = [], [], model.buffers.clone() if plan.dense_statistics else None
     for images, labels in batches(config.local_epochs if plan.epochs is None else plan.epochs):
         if time.monotonic() > deadline:
             raise TimeoutError(f"local training took longer than client_timeout = {config.client_timeout} s")
@@ -70,6 +70,8 @@ def local_update(
             losses.append(_loss(model, images, labels))
             continue
         losses.append(model.arithmetic.loss_and_gradient(images, labels))
+        if plan.dense_statistics:
+            _feed(model, w, images, statistics)
         if squares is not None:
             squares.addcmul_(model.gradient, model.gradient)
         if plan.add_gradient_ is not None:
@@ -80,6 +82,8 @@ def local_update(
                 dense.mul_(m)
             torch.mul(dense, 1.0 if m is None else m, out=masked)
     mean = _mean_loss(losses, sizes, w)
+    if plan.dense_statistics:
+        model.buffers.copy_(statistics)
     result = LocalResult(w, model.buffers.clone(), plan.mask, len(indices), *mean, squares, client=client)
     if plan.final_gradient is not None:
         last = batches(1, purpose="final gradient")
@@ -87,6 +91,34 @@ def local_update(
     if plan.then is None:
         return result
     return result.followed_by(local_update(model, plan.then(result), data, indices, config, t, client, phase + 1))
+
+
+def _feed(model: FlatModel, dense: Tensor, images: Tensor, statistics: Tensor) -> None:
+    """Update BatchNorm `statistics` by a forward pass at the `dense` weights; a model without any is left alone."""
+    if not len(statistics):
+        return
+    masked = model.weights.clone()
+    model.weights.copy_(dense)
+    model.buffers.copy_(statistics)
+    with torch.no_grad():
+        model.arithmetic.logits(images)
+    statistics.copy_(model.buffers)
+    model.weights.copy_(masked)
+
+
+def see_test_images(
+    model: FlatModel, plan: LocalPlan, result: LocalResult, data: Dataset, indices: Tensor, config: Config
+) -> LocalResult:
+    """`result` with BatchNorm statistics that have also seen the test samples `indices` (k,), in their order: what
+    testing in training mode before the upload does (D13), at the weights whose statistics the plan takes."""
+    if not len(result.buffers):
+        return result
+    model.load(result.weights, None if plan.dense_statistics else result.mask, result.buffers)
+    model.module.train()
+    with torch.no_grad():
+        for batch in indices.split(config.batch_size):
+            model.arithmetic.logits(normalise(data.test_images[batch], data))
+    return replace(result, buffers=model.buffers.clone())
 
 
 def _pieces(model: FlatModel, w: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:

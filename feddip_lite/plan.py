@@ -29,6 +29,8 @@ class LocalPlan:
         final_gradient: "batch" or "epoch": after training, take the gradient at w * mask over one more batch, or
             one more pass, of the client's data.
         then: makes a second plan from this one's result: prune, then go on. It starts where that plan says.
+        dense_statistics: BatchNorm's statistics come from a second forward pass per batch, of the dense w (D12).
+        test_leak: after training, BatchNorm also sees the client's test images (D13).
         model: trained in place of the worker's own, for clients whose model differs from the server's.
     """
 
@@ -42,6 +44,8 @@ class LocalPlan:
     squared_gradients: bool = False
     final_gradient: str | None = None
     then: Callable[[LocalResult], LocalPlan] | None = None
+    dense_statistics: bool = False
+    test_leak: bool = False
     model: FlatModel | None = None
 
 

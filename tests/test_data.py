@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from feddip_lite.data import Dataset, augment, fit_images, hold_out, load_dataset, normalise
+from feddip_lite.data import DATASETS, Dataset, as_published, augment, fit_images, hold_out, load_dataset, normalise
 
 FEDDIP_DATA = os.environ.get("FEDDIP_DATA")
 needs_data = [pytest.mark.data, pytest.mark.skipif(not FEDDIP_DATA, reason="FEDDIP_DATA is not set")]
@@ -20,11 +20,11 @@ def digits():
     return load_dataset("digits")
 
 
-def tiny(images, **changes):
+def tiny(images, name="tiny", **changes):
     """A data set around `images`, normalised as asked."""
     labels = torch.zeros(len(images), dtype=torch.int64)
     values = {"scale": 255.0, "mean": (0.0,), "std": (1.0,), "augmentation": None, **changes}
-    return Dataset("tiny", 1, images, labels, images, labels, **values, source="", sha256="", variant="")
+    return Dataset(name, 1, images, labels, images, labels, **values, source="", sha256="", variant="")
 
 
 def pixels(*shape, seed=0):
@@ -113,6 +113,17 @@ def test_normalise_only_divides_by_the_maximum_when_mean_and_std_are_trivial(dig
     assert torch.equal(normalise(digits.test_images, digits), digits.test_images / 16)
     three_channels = fit_images(digits, channels=3, size=32)
     assert normalise(three_channels.test_images, three_channels).max() == 1
+
+
+def test_published_normalisation_of_cifar100_divides_mean_and_deviation_once_more_and_leaves_others_alone(digits):
+    fixed = DATASETS["cifar100"]
+    colours = tiny(pixels(5, 3, 6, 6), name="cifar100", mean=fixed["mean"], std=fixed["std"], scale=255.0)
+    images = colours.train_images
+    mean, std = (torch.tensor(fixed[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(
+        normalise(images, as_published(colours)), (images / 255 * 255 - mean) / std, rtol=1e-4, atol=1e-2
+    )
+    assert as_published(digits) is digits
 
 
 def test_normalise_refuses_another_number_of_channels():

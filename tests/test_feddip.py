@@ -40,6 +40,28 @@ def test_mask_changes_at_the_end_of_every_interval_and_keeps_the_exact_count(lay
         state = new
 
 
+RESNET = {"model": "resnet18", "width": 0.05, "clients_per_round": 2, "rounds": 1, "local_epochs": 1}
+
+
+def test_published_batchnorm_options_change_statistics_and_no_weight(train):
+    usual, *others = (
+        train(tiny_config(**RESNET, method_options=options))[0][0]
+        for options in ({}, {"bn_statistics": "dense"}, {"test_leak": True})
+    )
+    for other in others:
+        assert torch.equal(usual.weights, other.weights)
+        assert not torch.equal(usual.buffers, other.buffers)
+
+
+def test_pruned_shortcuts_join_the_prunable_weights_and_nothing_else_changes_size(federation):
+    dense, _, _ = federation(tiny_config(**RESNET))
+    pruned, _, method = federation(tiny_config(**RESNET, method_options={"shortcuts": "pruned"}))
+    added = {slot.name: slot.stop - slot.start for slot in method.layout.prunable_slots if "shortcut" in slot.name}
+    assert len(added) == 3
+    assert len(pruned.mask) == len(dense.mask) + sum(added.values())
+    assert len(pruned.weights) == len(dense.weights)
+
+
 @PRESETS
 @pytest.mark.parametrize("method", ["feddp", "feddip"])
 def test_sparsity_column_is_the_share_that_the_mask_update_left(train, method, preset):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from feddip_lite.data import normalise
 from feddip_lite.layout import FlatModel, Layout
-from feddip_lite.local import evaluate, local_update
+from feddip_lite.local import evaluate, local_update, see_test_images
 from feddip_lite.models import build_model
 from feddip_lite.plan import Diverged, LocalPlan
 
@@ -207,6 +207,57 @@ def test_final_gradient_is_the_mean_gradient_at_the_masked_weights_after_trainin
 def test_final_gradient_leaves_the_statistics_of_training(model, layout):
     plan = plan_of(layout)
     assert torch.equal(update(model, replace(plan, final_gradient="epoch")).buffers, update(model, plan).buffers)
+
+
+def statistics_of(weights, layout, buffers, batches):
+    """BatchNorm statistics after plain forward passes of a plain module in training mode."""
+    oracle = FlatModel(tiny_module(), layout)
+    oracle.load(weights, None, buffers)
+    oracle.module.train()
+    with torch.no_grad():
+        for batch in batches:
+            oracle.module(batch)
+    return oracle.buffers
+
+
+def test_dense_statistics_are_those_of_the_dense_weights_and_change_nothing_else(model, layout):
+    plan = plan_of(layout, random_bools(layout.prunable))
+    masked, dense = update(model, plan, **ONE_STEP), update(model, replace(plan, dense_statistics=True), **ONE_STEP)
+    assert torch.equal(masked.weights, dense.weights)
+    images = normalise(DATA.train_images[INDICES], DATA)
+    for result, weights in ((dense, plan.weights), (masked, layout.masked(plan.weights, plan.mask))):
+        expected = statistics_of(weights, layout, plan.buffers, [images])
+        torch.testing.assert_close(result.buffers, expected)
+    assert not torch.allclose(masked.buffers, dense.buffers)
+    several = {"local_epochs": 2, "batch_size": 5}
+    assert torch.equal(
+        update(model, plan, **several).weights, update(model, replace(plan, dense_statistics=True), **several).weights
+    )
+    unmasked = plan_of(layout)  # where nothing is pruned, both models are the same
+    both = [update(model, replace(unmasked, dense_statistics=choice), **several).buffers for choice in (False, True)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_leak_adds_forward_passes_over_the_test_images_to_the_statistics_alone(model, layout, dense):
+    plan = plan_of(layout, random_bools(layout.prunable), dense_statistics=dense)
+    result, shard = update(model, plan, **ONE_STEP), torch.tensor([3, 1, 4, 0, 5])
+    leaked = see_test_images(model, plan, result, DATA, shard, tiny_config(batch_size=3))
+    weights = result.weights if dense else layout.masked(result.weights, plan.mask)
+    batches = [normalise(DATA.test_images[part], DATA) for part in (shard[:3], shard[3:])]
+    torch.testing.assert_close(leaked.buffers, statistics_of(weights, layout, result.buffers, batches))
+    assert torch.equal(leaked.weights, result.weights)
+    assert not torch.allclose(leaked.buffers, result.buffers)
+    none = see_test_images(model, plan, result, DATA, shard[:0], tiny_config())
+    assert torch.equal(none.buffers, result.buffers)
+
+
+def test_models_without_batchnorm_take_no_second_pass():
+    model = linear_model()
+    plan = LocalPlan(0.1 * random_vector(148), random_bools(144), torch.zeros(0), dense_statistics=True)
+    result = update(model, plan)
+    assert torch.equal(result.weights, update(model, replace(plan, dense_statistics=False)).weights)
+    assert see_test_images(model, plan, result, DATA, torch.arange(3), tiny_config()) is result
 
 
 def test_refresh_changes_only_the_statistics_and_score_changes_nothing(model, layout):

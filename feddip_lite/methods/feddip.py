@@ -1,7 +1,7 @@
 """FedDIP: dynamic pruning with error feedback, under a penalty that grows step by step; FedDP is FedDIP without it.
 
-Where paper and published code differ (D1, D7-D10), each choice is an option; `repo` flips them all to the code's
-side and `memory` adds the server's dense memory (docs/deviations.md).
+Where paper and published code differ (D1, D7-D10, D12, D13, D17, D19), each choice is an option; `repo` takes the
+code's side and `memory` adds the server's dense memory (docs/deviations.md).
 """
 
 from __future__ import annotations
@@ -40,10 +40,20 @@ class FedDP(Method):
     )
     server_memory: bool = setting(False, flag(), "the server keeps its dense weights between rounds (D9)")
     upload: str = setting("dense", one_of("dense", "masked"), "what goes up: all, or only what counts (D10)")
+    bn_statistics: str = setting("masked", one_of("masked", "dense"), "model whose batches feed BatchNorm (D12)")
+    test_leak: bool = setting(False, flag(), "BatchNorm also sees the client's test images before the upload (D13)")
+    normalisation: str = setting("correct", one_of("correct", "published"), "of CIFAR-100's images (D17)")
+    shortcuts: str = setting("dense", one_of("dense", "pruned"), "ResNet's 1x1 convolutions (D19)")
 
     presets = {
         "paper": {},
-        "repo": {"erk": "per_client", "mask_source": "masked_average"},
+        "repo": {
+            "erk": "per_client",
+            "mask_source": "masked_average",
+            "bn_statistics": "dense",
+            "test_leak": True,
+            "normalisation": "published",
+        },
         "memory": {"server_memory": True},
     }
 
@@ -70,7 +80,8 @@ class FedDP(Method):
         return replace(offer, extras={**offer.extras, "mask_seed": seed})
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
-        plan = replace(super().plan(offer, memory, t), project=False)
+        differing = {"dense_statistics": self.bn_statistics == "dense", "test_leak": self.test_leak}
+        plan = replace(super().plan(offer, memory, t), project=False, **differing)
         if "mask_seed" in offer.extras:
             own = self.erk_mask(int(offer.extras["mask_seed"][0]))
             plan = replace(plan, mask=own.to(plan.weights.device))
