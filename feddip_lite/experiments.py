@@ -36,7 +36,8 @@ HEADLINE = ("fedavg", "feddp", "feddip")
 _OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
 _SPLIT = ("partition", "classes_per_client", "alpha")
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *_SPLIT, *UNHASHED}
-_SHARED = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config) if item.name not in _ALONE]
+_FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
+_SHARED = [name for name in _FIELDS if name not in _ALONE]
 _IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity", "lr_decay"}
 _LONG = 100  # rounds from which on a run shows its own progress
 ADDED = ("label", "split", "setting", "changed", "mib")
@@ -87,15 +88,19 @@ def recorded(profile: str, folder: Path | None = None, **wanted) -> pd.DataFrame
 def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFrame]:
     """The recorded main comparisons of a profile: `<model>_<dataset>` -> runs, in the order of its queue.
 
-    They share the setting of the first recorded run of that model and data set in the queue; ablations are left out.
+    They share the setting of the first run of that model and data set in the queue; ablations are left out.
     """
-    results, found = recorded(profile, folder), {}
+    results, found, seen = recorded(profile, folder), {}, set()
     for config in profile_queue(profile):
         name = f"{config.model}_{config.dataset}"
-        own = results[results["run_id"] == config.run_id]
-        if name not in found and len(own):
-            alike = results["setting"] == own["setting"].iloc[0]
-            found[name] = results[alike & results["changed"].isin(FORMS)]
+        if name in seen:
+            continue
+        seen.add(name)
+        settings = asdict(config.resolved())
+        setting = _setting(pd.Series(settings | {"initial_lr": settings["lr"]}))
+        alike = (results["setting"] == setting) & results["changed"].isin(FORMS)
+        if alike.any():
+            found[name] = results[alike]
     return found
 
 
@@ -107,8 +112,7 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
     round, in MiB, both ways.
     """
     if results.empty:
-        configuration = [item.name for item in fields(Config)]
-        return results.reindex(columns=[*dict.fromkeys([*results.columns, *configuration, *ADDED])])
+        return results.reindex(columns=[*dict.fromkeys([*results.columns, *_FIELDS, *ADDED])])
     first = results.drop_duplicates("run_id").set_index("run_id")
     words = {"label": _label, "split": _split, "setting": _setting, "changed": lambda row: ", ".join(_changed(row))}
     named = {name: results["run_id"].map(first.apply(function, axis=1)) for name, function in words.items()}

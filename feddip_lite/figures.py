@@ -40,6 +40,7 @@ STYLE = {
     "figure.dpi": 110, "lines.linewidth": 1.8, "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans",
 }  # fmt: skip
 AXES = {
+    "top5_accuracy": "top-5 accuracy, whole test set",
     "round": "round t", "mib": "transmitted MiB, up + down", "accuracy": "accuracy, whole test set",
     "local_accuracy": "accuracy, mean over clients", "sparsity": "sparsity of prunable weights",
     "penalty": r"penalty $\lambda_t$", "mask_overlap": "mask overlap (Jaccard)", "regrown": "weights regrown",
@@ -88,12 +89,14 @@ def save_figure(figure: Figure, name: str, folder: str | Path = ROOT / "figures"
 
 
 @styled
-def accuracy_curves(sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("round", "mib")) -> Figure:
+def accuracy_curves(
+    sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("round", "mib"), y: str = "accuracy"
+) -> Figure:
     """Accuracy of the sparse global model: a column per source and `x`, a row per partition.
 
     Args:
         sources: results by title; the title is shown above the source's columns. Empty ones are left out.
-        x: columns of the results to draw against, of "round" and "mib".
+        x: columns of the results to draw against, of "round" and "mib". y: "accuracy" or "top5_accuracy".
     """
     shown = [(title, results, name) for title, results in sources.items() if len(results) for name in x]
     rows = splits(pd.concat([results for _, results, _ in shown]))
@@ -104,8 +107,8 @@ def accuracy_curves(sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("ro
             if own.empty:
                 panel.set_axis_off()
                 continue
-            _methods(panel, own, name, "accuracy")
-            heading = f"{title}\n{_wrapped(own['setting'].iloc[0])}\n" if len(sources) > 1 else ""
+            _methods(panel, own, name, y)
+            heading = f"{title}\n{wrapped(own['setting'].iloc[0])}\n" if len(sources) > 1 else ""
             panel.set_title(f"{heading if row == 0 else ''}{split}", loc="left")
             panel.legend(loc="best")
             low, high = panel.get_ylim()
@@ -113,7 +116,7 @@ def accuracy_curves(sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("ro
     if len(sources) == 1:
         title, results, _ = shown[0]
         setting = results["setting"].iloc[0]
-        figure.suptitle(f"{title}\n{_wrapped(setting) if len(shown) == 1 else setting}", x=0.01, ha="left")
+        figure.suptitle(f"{title}\n{wrapped(setting) if len(shown) == 1 else setting}", x=0.01, ha="left")
     return figure
 
 
@@ -233,7 +236,7 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
-def _wrapped(setting: str) -> str:
+def wrapped(setting: str) -> str:
     """A setting over two lines."""
     words = setting.split(", ")
     return ", ".join(words[:3]) + "\n" + ", ".join(words[3:])

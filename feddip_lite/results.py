@@ -38,6 +38,7 @@ INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown")
 
 _SEAL = b',\n "sha256": "'  # at the end of a record stands the SHA-256 of all before it
 
+METRICS = ("accuracy", "top5_accuracy", "loss", "local_accuracy")
 HEADLINE_ROWS = 10  # the headline value is the mean of the last ten evaluated rounds
 
 
@@ -101,7 +102,7 @@ def save_run(
         mask: (P,) bool, written to `<run_id>.mask` unless it keeps everything; `read_mask` has it back.
     """
     tail = history.tail(HEADLINE_ROWS)
-    metrics = [name for name in ("accuracy", "top5_accuracy", "loss", "local_accuracy") if name in history]
+    metrics = [name for name in METRICS if name in history]
     final = {
         "last": history.iloc[-1].to_dict(),
         f"mean_last_{HEADLINE_ROWS}": tail[metrics].mean().to_dict(),
@@ -208,7 +209,7 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, run in results.groupby("run_id", sort=False):
         last = run.sort_values("round").iloc[-1].to_dict()
-        means = run.sort_values("round").tail(HEADLINE_ROWS)[["accuracy", "loss", "local_accuracy"]].mean()
+        means = run.sort_values("round").tail(HEADLINE_ROWS)[[name for name in METRICS if name in run]].mean()
         rows.append(last | means.to_dict() | {name: int(run[name].sum()) for name in ("up_bytes", "down_bytes")})
     return pd.DataFrame(rows)
 

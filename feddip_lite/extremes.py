@@ -1,0 +1,176 @@
+"""Accuracy as sparsity goes to the extreme, and what FedDIP's own settings are worth: tables and figures.
+
+The question is FedDIP minus FedDP, the same run without the penalty, paired by seed. Results come as
+`experiments.describe` returns them; statistics are those of `report.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from .config import Config
+from .experiments import labels
+from .figures import COLOURS, INK, grid, look_of, styled
+from .report import paired, quantity
+from .results import headline, interval
+
+_SHARED = "dataset model width rounds clients clients_per_round local_epochs batch_size partition initial_lr".split()
+DECAY = Config().weight_decay
+
+
+def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs, one row each as `headline` has them, that differ from the usual FedDIP run in target sparsity, method
+    and seed alone; methods with a single target sparsity are left out."""
+    runs = _at_home(results)
+    runs = runs[(runs["changed"] == "") & (runs["preset"] == "paper") & (runs["weight_decay"] == DECAY)]
+    targets = runs.groupby("method")["target_sparsity"].nunique()
+    return runs[runs["method"].isin(targets.index[targets > 1])]
+
+
+def gains(runs: pd.DataFrame, label="FedDIP", reference="FedDP", column="accuracy") -> dict[float, np.ndarray]:
+    """Target sparsity -> `label` minus `reference` in `column`, (n,), over the seeds that have both."""
+    groups = runs.groupby("target_sparsity")
+    found = {sparsity: paired(group, label, reference, column) for sparsity, group in groups}
+    return {sparsity: values for sparsity, values in found.items() if len(values)}
+
+
+def sweep_table(runs: pd.DataFrame) -> str:
+    """Markdown: a row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
+    names, won = labels(runs), gains(runs)
+    heads = ["target sparsity", *names, "FedDIP - FedDP"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for sparsity, group in runs.groupby("target_sparsity"):
+        cells = [f"{sparsity:g}"]
+        cells += [quantity(_values(group, name)) for name in names]
+        cells += [quantity(won.get(sparsity, []), sign="+")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sweep_reading(runs: pd.DataFrame) -> str:
+    """In a sentence: at which sparsities the penalty helps, hurts, or shows nothing, by the interval of its gain."""
+    said = {"helps": [], "hurts": [], "shows no difference": [], "has too few seeds for a verdict": []}
+    for sparsity, values in gains(runs).items():
+        mean, half = interval(values)
+        if np.isnan(half):
+            said["has too few seeds for a verdict"].append(sparsity)
+        elif abs(mean) > half:
+            said["helps" if mean > 0 else "hurts"].append(sparsity)
+        else:
+            said["shows no difference"].append(sparsity)
+    parts = [f"{verb} at {', '.join(f'{s:g}' for s in found)}" for verb, found in said.items() if found]
+    return f"Against FedDP, the growing penalty {'; '.join(parts)}." if parts else "No recorded runs yet."
+
+
+def ablations(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs of FedDIP and FedDP, one row each, with a column `variant`: what was changed of FedDIP. FedDP is FedDIP
+    without its penalty; runs without weight decay are there with and without it."""
+    runs = _at_home(results)
+    runs = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["changed"] != "upload")]
+    return runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
+
+
+def ablation_table(runs: pd.DataFrame, base: str = "FedDIP") -> str:
+    """Markdown: a row per variant, its final accuracy, and the difference from `base` paired by seed."""
+    lines = ["| variant | final accuracy | minus FedDIP | final sparsity |", "|" + " --- |" * 4]
+    for name, values in _variants(runs, base).items():
+        own = runs[runs["variant"] == name]
+        cells = [name, quantity(own.sort_values("seed")["accuracy"]), quantity(values, sign="+")]
+        lines.append("| " + " | ".join([*cells, f"{own['sparsity'].mean():.4f}"]) + " |")
+    return "\n".join(lines)
+
+
+@styled
+def sweep(runs: pd.DataFrame, title: str) -> Figure:
+    """Left: final accuracy against target sparsity, a line per method. Right: FedDIP minus FedDP at each sparsity, a
+    point per seed, the 95 % interval where there are three."""
+    figure, axes = grid(1, 2, 5.2, 3.8)
+    left, right = axes[0]
+    for label in labels(runs):
+        own = runs[runs["label"] == label]
+        points = {s: _values(own[own["target_sparsity"] == s], label) for s in sorted(own["target_sparsity"].unique())}
+        count = sorted({len(values) for values in points.values()})
+        name = f"{label} (n = {' to '.join(map(str, sorted({count[0], count[-1]})))})"
+        _with_intervals(left, points, look_of(own), name)
+    left.set(ylabel="final accuracy, whole test set")
+    left.legend(loc="lower left")
+    won = gains(runs)
+    _with_intervals(right, won, {"color": COLOURS["feddip"], "linestyle": "-"}, None)
+    for sparsity, values in won.items():
+        right.plot([1 - sparsity] * len(values), values, "o", color=INK, markersize=3.5, alpha=0.6)
+    right.axhline(0, color=INK, linewidth=0.8)
+    right.set(ylabel="FedDIP minus FedDP, paired by seed")
+    for panel in (left, right):
+        _sparsity_axis(panel, sorted(runs["target_sparsity"].unique()))
+    _headed(figure, runs, title, "bars: 95 % intervals over seeds")
+    return figure
+
+
+@styled
+def ablation(runs: pd.DataFrame, title: str, base: str = "FedDIP") -> Figure:
+    """Each variant minus FedDIP, paired by seed: a point per seed, and the 95 % interval where there are three."""
+    found = {name: values for name, values in _variants(runs, base).items() if name != base and len(values)}
+    figure, axes = grid(1, 1, 7.6, 0.36 * len(found) + 1.2)
+    panel = axes[0][0]
+    for place, values in enumerate(found.values()):
+        mean, half = interval(values)
+        panel.plot(values, [place] * len(values), "o", color=INK, markersize=3.5, alpha=0.6)
+        panel.errorbar(
+            mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=COLOURS["feddip"], markersize=5
+        )
+    panel.axvline(0, color=INK, linewidth=0.8)
+    names = [f"{name} (n = {len(values)})" for name, values in found.items()]
+    panel.set(yticks=range(len(found)), yticklabels=names, xlabel="final accuracy minus FedDIP's, paired by seed")
+    panel.invert_yaxis()
+    panel.grid(False, axis="y")
+    _headed(figure, runs, title, f"target sparsity {runs['target_sparsity'].iloc[0]:g}")
+    return figure
+
+
+def _at_home(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per run that shares all but sparsity, weight decay and method's settings with the first FedDIP run."""
+    runs = headline(results[results["validation"] == 0])
+    first = runs[runs["method"] == "feddip"].head(1)
+    return runs.merge(first[_SHARED])
+
+
+def _variant(run: pd.Series) -> str:
+    words = ["no penalty (FedDP)"] * (run["method"] == "feddp")
+    words += [f"weight decay {run['weight_decay']:g}"] * (run["weight_decay"] != DECAY)
+    notes = run["label"].partition(" (")[2].removesuffix(")")
+    return ", ".join([*words, *[notes] * bool(notes)]) or "FedDIP"
+
+
+def _variants(runs: pd.DataFrame, base: str) -> dict[str, np.ndarray]:
+    """variant -> its accuracy minus the base's over common seeds, the base first, the others by name."""
+    named = runs.assign(label=runs["variant"])
+    names = sorted(named["variant"].unique(), key=lambda name: (name != base, "decay" in name, name))
+    return {name: paired(named, name, base) if name != base else np.empty(0) for name in names}
+
+
+def _values(runs: pd.DataFrame, label: str) -> np.ndarray:
+    return runs[runs["label"] == label].sort_values("seed")["accuracy"].to_numpy()
+
+
+def _with_intervals(panel: Axes, points: dict[float, np.ndarray], look: dict, name: str | None) -> None:
+    places = [1 - sparsity for sparsity in points]
+    means, halves = zip(*(interval(values) for values in points.values()), strict=True) if points else ((), ())
+    halves = np.nan_to_num(halves)
+    panel.errorbar(places, means, halves, label=name, marker="o", markersize=5, capsize=3, **look)
+
+
+def _sparsity_axis(panel: Axes, sparsities: list[float]) -> None:
+    """Sparsity in percent, at places that follow the logarithm of what is left."""
+    panel.set(xscale="log", xlabel="target sparsity [%]; places follow the logarithm of the density")
+    panel.set_xticks([1 - s for s in sparsities], [f"{100 * s:g}" for s in sparsities])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.invert_xaxis()
+
+
+def _headed(figure: Figure, runs: pd.DataFrame, title: str, more: str) -> None:
+    words = [word for word in runs["setting"].iloc[0].split(", ") if not word.startswith("target sparsity")]
+    figure.suptitle(f"{title}; {runs['split'].iloc[0]}\n{', '.join(words[:4])}; {more}", x=0.01, ha="left")
