@@ -83,8 +83,8 @@ def _claim_line(
 
 def results_table(results: pd.DataFrame) -> str:
     """The Markdown table of one setting, a row per partition and method."""
-    top5 = "top5_accuracy" in results and results["top5_accuracy"].notna().all()
-    heads = ["method (preset)", "partition", "final accuracy", *["top-5 accuracy"] * top5, "measured sparsity"]
+    top5 = [name for name in ("top5_accuracy",) if name in results and results[name].notna().all()]
+    heads = ["method (preset)", "partition", "final accuracy", *["top-5 accuracy" for _ in top5], "measured sparsity"]
     heads += ["total MiB", "share of FedAvg's bytes", "accuracy minus FedAvg's"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     runs = headline(results)
@@ -92,7 +92,7 @@ def results_table(results: pd.DataFrame) -> str:
         group = runs[runs["split"] == split]
         for label in labels(group):
             own = group[group["label"] == label].sort_values("seed")
-            cells = [label, split, quantity(own["accuracy"]), *[quantity(own["top5_accuracy"])] * top5]
+            cells = [label, split, quantity(own["accuracy"]), *[quantity(own[name]) for name in top5]]
             cells += [f"{own['sparsity'].mean():.4f}", f"{own['mib'].mean():.1f}"]
             share = paired(group, label, "FedAvg", "mib", ratio=True)
             cells += [f"{share.mean():.3f}" if len(share) else "-"]

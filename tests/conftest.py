@@ -150,6 +150,13 @@ def csv_without_seconds(path: Path) -> list[str]:
     return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
 
 
+def record_files(*run_ids: str) -> list[str]:
+    """The names of the files that these runs leave, sorted; a run that ends dense has no mask."""
+    sparse = [run_id for run_id in run_ids if not run_id.startswith(("fedavg", "fedlp", "remembering"))]
+    files = [f"{run_id}.{kind}" for run_id in run_ids for kind in ("csv", "json")]
+    return sorted(files + [f"{run_id}.mask" for run_id in sparse])
+
+
 def interrupted(config, folder, stops=None):
     """The number of interruptions of a run that is stopped after every round (or `stops` times), and its history."""
     count = 0

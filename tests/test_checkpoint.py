@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAST, Remembering, csv_without_seconds, interrupted, names, same_history, tiny_config
+from conftest import FAST, Remembering, csv_without_seconds, interrupted, names, record_files, same_history, tiny_config
 
 from feddip_lite import run
 from feddip_lite.checkpoint import load_checkpoint, save_checkpoint
@@ -31,7 +31,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path, remembering, setting
     count, resumed = interrupted(config, tmp_path / "parts")
     assert count == 3
     assert same_history(whole, resumed)
-    assert names(tmp_path / "parts") == names(tmp_path / "whole") == [f"{config.run_id}.csv", f"{config.run_id}.json"]
+    assert names(tmp_path / "parts") == names(tmp_path / "whole") == record_files(config.run_id)
     parts, one = (tmp_path / folder / f"{config.run_id}.csv" for folder in ("parts", "whole"))
     assert csv_without_seconds(parts) == csv_without_seconds(one)
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
-from conftest import FAST, environment, flags, names, read_outputs, tiny_config
+from conftest import FAST, environment, flags, names, read_outputs, record_files, tiny_config
 
 from feddip_lite.__main__ import main
 from feddip_lite.config import FIELDS
@@ -150,7 +150,7 @@ def test_run_writes_the_documented_columns_and_circumstances(tmp_path, capsys):
     assert err == []
     assert len(out) == 1
     assert str(tmp_path / config.run_id) in out[0]
-    assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
+    assert names(tmp_path) == record_files(config.run_id)
     assert (tmp_path / f"{config.run_id}.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     record = json.loads((tmp_path / f"{config.run_id}.json").read_text())
     assert record["run_id"] == config.run_id
@@ -168,7 +168,7 @@ def test_second_call_computes_nothing_and_leaves_files_byte_identical(tmp_path, 
     arguments = ["run", *flags(**FAST), f"--results={tmp_path}", "--quiet"]
     assert main(arguments) == 0
     first = contents(), read_outputs(capsys)
-    assert len(first[0]) == 2
+    assert len(first[0]) == 3
     monkeypatch.setattr("feddip_lite.engine.prepare", None)  # whoever computes, fails
     assert main(arguments) == 0
     assert (contents(), read_outputs(capsys)) == first

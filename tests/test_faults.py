@@ -6,14 +6,14 @@ import signal
 
 import pytest
 import torch
-from conftest import flags, interrupted, names, read_outputs, same_history, tiny_config
+from conftest import flags, interrupted, names, read_outputs, record_files, same_history, tiny_config
 from test_results import history_of
-from victims import STEPS, Faults, child, doomed_checkpoint, doomed_record, limited
+from victims import LAYERS, MASK, STEPS, Faults, child, doomed_checkpoint, doomed_record, limited
 
 from feddip_lite import run
 from feddip_lite.__main__ import main
 from feddip_lite.checkpoint import load_checkpoint, save_checkpoint
-from feddip_lite.results import read_run, run_lock, save_run
+from feddip_lite.results import read_mask, read_run, run_lock, save_run
 
 CPU = torch.device("cpu")
 SHORT = {"clients": 4, "clients_per_round": 2, "batch_size": 128, "method": "feddst", "mask_interval": 1}
@@ -78,10 +78,10 @@ def test_checkpoint_is_the_old_one_or_the_new_one_at_every_step(tmp_path, monkey
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("suffix", [".csv", ".mask", ".json"])
 @pytest.mark.parametrize("death", [errno.ENOSPC, "kill -9"], ids=str)
 def test_result_is_complete_or_not_there_at_every_step(tmp_path, monkeypatch, death, suffix, step):
-    config, history = CONFIG.resolved(), history_of()
+    config, history, left = CONFIG.resolved(), history_of(), {"layers": LAYERS, "mask": MASK}
     if death == "kill -9":
         process = child(doomed_record, tmp_path, config, history, step, suffix)
         process.join(60)
@@ -90,15 +90,16 @@ def test_result_is_complete_or_not_there_at_every_step(tmp_path, monkeypatch, de
         with monkeypatch.context() as patch:
             Faults(step, fail_with(death), suffix).install(lambda *a: patch.setattr(*a, raising=False))
             with pytest.raises(OSError, match=f"{config.run_id}{suffix}"):
-                save_run(tmp_path, config, history, {}, [])
+                save_run(tmp_path, config, history, {}, [], **left)
         assert parts(tmp_path) == []
     complete = suffix == ".json" and STEPS.index(step) >= STEPS.index("renamed")
     stored = read_run(tmp_path, config.run_id)
     assert stored[0].equals(history) if complete else stored is None
     with run_lock(tmp_path, config.run_id):
-        save_run(tmp_path, config, history, {}, [])
+        save_run(tmp_path, config, history, {}, [], **left)
     assert read_run(tmp_path, config.run_id)[0].equals(history)
-    assert names(tmp_path) == [f"{config.run_id}{kind}" for kind in (".csv", ".json")]
+    assert torch.equal(read_mask(tmp_path, config.run_id), MASK)
+    assert names(tmp_path) == record_files(config.run_id)
 
 
 # A full disk, a folder without rights: what the command line says
@@ -108,7 +109,7 @@ def test_full_disk_stops_the_run_with_one_line_and_the_same_command_goes_on(tmp_
     arguments = ["run", *flags(**SHORT, rounds=4, preset="repo"), "--quiet", "--checkpoint-every=1"]
     config = tiny_config(**SHORT, rounds=4, preset="repo")
     path = tmp_path / f"{config.run_id}.checkpoint"
-    for suffix, nth, saved in ((".checkpoint", 3, 2), (".csv", 1, 3), (".json", 1, 3)):
+    for suffix, nth, saved in ((".checkpoint", 3, 2), (".csv", 1, 3), (".mask", 1, 3), (".json", 1, 3)):
         with monkeypatch.context() as patch:
             Faults("write", fail_with(errno.ENOSPC), suffix, nth).install(lambda *a: patch.setattr(*a, raising=False))
             assert main([*arguments, f"--results={tmp_path}"]) == 1

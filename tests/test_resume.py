@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY, csv_without_seconds, names, same_history, tiny_config
+from conftest import TINY, csv_without_seconds, names, record_files, same_history, tiny_config
 from victims import PLACES, child, digest, doomed_run, doomed_sweep
 
 from feddip_lite import engine
@@ -76,7 +76,7 @@ def check_kill(name, folder, place, seed, undisturbed):
     assert same_history(again, history)
     assert same_weights in (weights, None)
     assert same_weights or place == "any moment"  # a run that was complete leaves nothing to compute
-    assert set(names(folder)) - {"rounds"} == {f"{config.run_id}.csv", f"{config.run_id}.json"}
+    assert set(names(folder)) - {"rounds"} == set(record_files(config.run_id))
 
 
 @pytest.mark.parametrize(("name", "place"), FEW)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import names, same_history, tiny_config
+from conftest import names, record_files, same_history, tiny_config
 from victims import child, crowd_member
 
 from feddip_lite import load_results, run
@@ -47,7 +47,7 @@ def test_ten_processes_on_one_folder_compute_every_run_once(tmp_path, alone, kil
     times = Counter((run_id, t) for _, run_id, t in rounds_of(log))
     assert set(times) == {(config.run_id, t) for config in CONFIGS for t in range(config.rounds)}
     assert sum(times.values()) - len(times) <= kill  # a killed process may lose its last round
-    assert names(folder) == sorted(f"{run_id}.{kind}" for run_id in alone for kind in ("csv", "json"))
+    assert names(folder) == record_files(*alone)
     assert all(same_history(read_run(folder, run_id)[0], history) for run_id, history in alone.items())
     assert load_results(folder)["run_id"].nunique() == len(CONFIGS)
 

@@ -194,10 +194,14 @@ def doomed_checkpoint(source: Path, path: Path, config, step: str) -> None:
     save_checkpoint(path, progress, config)
 
 
+LAYERS = [{"name": "fc", "shape": [2, 3], "kept": 2}]
+MASK = torch.tensor([True, False, False, True, False, False])
+
+
 def doomed_record(folder: Path, config, history, step: str, suffix: str) -> None:
     """`save_run`, killed at `step` of the file that ends in `suffix`."""
     Faults(step, die, suffix).install()
-    results.save_run(folder, config, history, {}, [])
+    results.save_run(folder, config, history, {}, [], LAYERS, MASK)
 
 
 def limited(arguments: list[str], report: Path, limit: str) -> int:
