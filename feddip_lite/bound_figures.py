@@ -18,7 +18,7 @@ from .figures import AXES, COLOURS, INK, grid, styled
 
 TERM_COLOURS = dict(zip(TERMS, ("#e69f00", COLOURS["feddip"], COLOURS["feddst"], COLOURS["feddp"]), strict=True))
 SPLIT_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
-PRESET_LINES = {"paper": "-", "repo": "--", "memory": ":"}
+PRESET_LOOKS = {"paper": ("-", "o"), "repo": ("--", "s"), "memory": (":", "^")}
 SQUARES = r"squared gradient norm $[F^2/W^2]$"
 REMOVED = r"$\Vert w - w \odot m \Vert = \sqrt{\delta}\,\Vert w \Vert$  $[W]$"
 
@@ -94,14 +94,15 @@ def pruning_term(runs: pd.DataFrame, title: str) -> Figure:
     intervals, order = sorted(rows["mask_interval"].unique()), splits(runs)
     figure, axes = grid(len(order), 2, 4.6, 3.0)
     for panels, split in zip(axes, order, strict=True):
-        for preset in [name for name in PRESET_LINES if name in set(rows["preset"])]:
+        for preset in [name for name in PRESET_LOOKS if name in set(rows["preset"])]:
             own = (
                 rows[(rows["split"] == split) & (rows["preset"] == preset)]
                 .groupby("mask_interval")
                 .mean(numeric_only=True)
             )
             places = [intervals.index(interval) for interval in own.index]
-            look = {"color": COLOURS["feddip"], "marker": "o", "linestyle": PRESET_LINES[preset], "label": preset}
+            line, marker = PRESET_LOOKS[preset]
+            look = {"color": COLOURS["feddip"], "marker": marker, "linestyle": line, "label": preset}
             panels[0].plot(places, own["removed"], **look)
             panels[1].plot(places, own["pruning"], **look)
         panels[0].set(ylabel=r"$\Sigma_t \sqrt{\delta_t}\,\Vert w_t \Vert$  $[W]$", title=split)
@@ -125,7 +126,7 @@ def shares(runs: pd.DataFrame, title: str) -> Figure:
         for run, name in zip(each, summary(runs)["name"], strict=True):
             for gamma in GAMMAS:
                 bound = bound_of(run, typical=gamma == "median", printed=printed)
-                bars[f"{name}\n{gamma} " + r"$\gamma$"] = bound.shares()
+                bars[f"{name}, {gamma} " + r"$\gamma$"] = bound.shares()
         table, start = pd.DataFrame(bars).T, 0.0
         for name in TERMS:
             panel.barh(table.index, 100 * table[name], left=start, color=TERM_COLOURS[name], label=name)

@@ -122,7 +122,24 @@ def reading(runs: pd.DataFrame) -> str:
         line += f"first term alone {row['initial'] / row['left']:.3g} times. "
         line += "".join(_shares(run, row, kind) for kind in GAMMAS)
         lines.append(line + f"μ charges {row['overcharged']:.3g} times what pruning really does to f (median).")
-    return "\n".join([*lines, "", _dominance(summary(runs))])
+    return "\n\n".join(["\n".join(lines), _dominance(summary(runs)), *_pace(runs)])
+
+
+def _pace(runs: pd.DataFrame) -> list[str]:
+    """A sentence per partition that has both settings: how far the theorem's learning rate lets the model go."""
+    steps = {(run["split"].iloc[0], run["lr_schedule"].iloc[0]): run for run in each_run(runs)}
+    said = []
+    for split in splits(runs):
+        theory, usual = (steps.get((split, schedule)) for schedule in SETTINGS)
+        if theory is not None and usual is not None:
+            reached = [checkpoints(run)["accuracy"].iloc[-1] for run in (theory, usual)]
+            share = theory["lr"].sum() / usual["lr"].sum()
+            said += [
+                f"{split}: the theorem's learning rates sum to {share:.2g} of the experiments'. The model ends at "
+                f"accuracy {reached[0]:.3f}, against {reached[1]:.3f}; L on its path is "
+                f"{summary(theory)['sharpness'].iloc[0]:.3g}, where the rate assumes {theory['smoothness'].iloc[0]:g}."
+            ]
+    return said
 
 
 def _shares(run: pd.DataFrame, row: dict, kind: str) -> str:

@@ -199,7 +199,8 @@ def record(gamma=(3.0, 2.0, math.inf), distance=(9.0, 1.0, 2.0, 4.0, 8.0), **cha
         rows[name] = [values[0], math.nan, values[1], math.nan, values[2]]
     config = asdict(tiny_config(**{**SHORT, "rounds": 4, **changes}).resolved())
     config["initial_lr"], config["method_options"] = config.pop("lr"), json.dumps(config["method_options"])
-    rows = rows.assign(pruning_error=0.1, local_steps=10, up_bytes=0, down_bytes=0, **config)
+    facts = {"pruning_error": 0.1, "local_steps": 10, "up_bytes": 0, "down_bytes": 0, "lr": config["initial_lr"]}
+    rows = rows.assign(**facts, **config)
     return describe(rows.assign(run_id=tiny_config(**{**SHORT, "rounds": 4, **changes}).run_id))
 
 
@@ -245,6 +246,13 @@ def test_reading_says_which_term_dominates_and_from_which_sparsity_on():
     assert "2 classes per client, theorem's setting" in second
     assert second.count("pruning exceeds drift from round 2 on, at sparsity 0.700") == 2
     assert "The largest term of 2 runs: with the largest γ pruning in 1, drift in 1" in last
+
+
+def test_reading_says_how_far_the_theorems_learning_rate_goes_where_both_settings_were_run():
+    runs = pd.concat([record(lr=0.2), record(lr=0.05, **THEORY), record(partition="pathological", lr=0.2)])
+    (line,) = (line for line in reading(runs).splitlines() if "learning rates sum" in line)
+    assert line.startswith("IID: the theorem's learning rates sum to 0.25 of the experiments'.")
+    assert "L on its path is 5, where the rate assumes 40" in line
 
 
 def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
@@ -308,7 +316,7 @@ def test_shares_add_up_to_the_whole_in_both_forms():
         widths = np.array([[bar.get_width() for bar in bars] for bars in panel.containers])
         assert widths.shape == (len(TERMS), 6)
         np.testing.assert_allclose(widths.sum(0), 100)
-    labels = [text.get_text().split("\n")[0] for text in figure.axes[0].get_yticklabels()]
+    labels = [text.get_text().rpartition(",")[0] for text in figure.axes[0].get_yticklabels()]
     assert labels[::2] == [
         "IID, theorem's setting",
         "IID, experiments' setting",
