@@ -2,19 +2,19 @@
 
 One FLOP is one multiplication or one addition. Counted are the weights of convolutions and linear layers, the padding
 of a convolution included; biases, activations, pooling, BatchNorm and the SGD step (a few operations per weight and
-step) are left out. What unstructured sparsity saves in FLOPs is time only where kernels skip zeros: `latency` and
-`break_even` measure it. Read before: `layout.py`, `shrink.py`; the file is `exported.py`'s.
+step) are left out. What unstructured sparsity saves in FLOPs is time only where kernels skip zeros: `latency` measures
+it. Read before: `layout.py`, `shrink.py`; the file is `exported.py`'s. Read next: `cost_runs.py`, which measures whole models.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +22,10 @@ from .config import Config
 from .exported import export, load_exported, sparse_model
 from .layout import Layout
 from .message import Message, encode
-from .operators import Linear
 from .server import ServerState
-from .shrink import CSRLinear
 
-__all__ = ["activation_bytes", "break_even", "client_memory", "export", "flops", "latency", "load_exported"]
-__all__ += ["packed_bytes", "published_cost", "sparse_model", "training_flops"]
+__all__ = ["activation_bytes", "client_memory", "export", "flops", "latency", "load_exported", "packed_bytes"]
+__all__ += ["published_cost", "sparse_model", "training_flops"]
 
 
 def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:
@@ -176,11 +174,11 @@ def published_cost(size: int, participants: int, sparsity: float, upload_sparsit
 
 
 class Latency(NamedTuple):
-    """Milliseconds of one forward pass of a batch."""
+    """Milliseconds of one forward pass of a batch: median and quartiles of the repeats."""
 
+    lower: float
     median: float
-    fastest: float
-    slowest: float
+    upper: float
 
 
 def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30) -> dict[str, Latency]:
@@ -202,34 +200,4 @@ def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30)
                 module.eval()(images)
                 if turn >= 0:
                     times[name].append((time.perf_counter_ns() - start) / 1e6)
-    return {name: Latency(statistics.median(each), min(each), max(each)) for name, each in times.items()}
-
-
-def break_even(
-    outputs: int, inputs: int, batch: int, sparsities: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99), repeats: int = 30
-) -> tuple[float | None, list[dict[str, float]]]:
-    """The sparsity from which on a CSR linear layer is faster than a dense one, on this machine.
-
-    Random weights and masks; dense is the faster of PyTorch's layer and `operators.Linear`.
-
-    Returns:
-        (the lowest of `sparsities` from which on CSR's median is below dense's, None if there is none; a row per
-        sparsity, ascending: `sparsity`, `dense` and `csr` in ms).
-    """
-    draw = torch.Generator().manual_seed(0)
-    images, rows, wins_from = torch.randn(batch, inputs, generator=draw), [], None
-    for sparsity in sorted(sparsities):
-        weight = torch.randn(outputs, inputs, generator=draw)
-        weight *= torch.rand(outputs, inputs, generator=draw) >= sparsity
-        layers = {"stock": nn.Linear, "own": Linear}
-        layers = {name: nn.utils.skip_init(kind, inputs, outputs) for name, kind in layers.items()}
-        for layer in layers.values():
-            layer.load_state_dict({"weight": weight, "bias": torch.zeros(outputs)})
-        times = latency({**layers, "csr": CSRLinear(layers["stock"])}, images, repeats)
-        row = {"dense": min(times["stock"].median, times["own"].median), "csr": times["csr"].median}
-        rows.append({"sparsity": sparsity, **row})
-    for row in reversed(rows):
-        if row["csr"] >= row["dense"]:
-            break
-        wins_from = row["sparsity"]
-    return wins_from, rows
+    return {name: Latency(*np.quantile(each, (0.25, 0.5, 0.75)).tolist()) for name, each in times.items()}

@@ -132,7 +132,7 @@ def to_csr(module: nn.Module, from_sparsity: float = 0.9) -> nn.Module:
 
     Args:
         module: any; unchanged.
-        from_sparsity: share of zeros in a layer's weight, in [0, 1]; `cost.break_even` measures which pays off.
+        from_sparsity: share of zeros in a layer's weight, in [0, 1]; `cost_runs.layer_rows` measures which pays off.
 
     Raises:
         ValueError: `from_sparsity` out of range.
