@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from .bound_report import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
 from .experiments import splits
-from .figures import AXES, COLOURS, INK, grid, styled
+from .figures import AXES, COLOURS, INK, grid, legend_below, styled
 
 TERM_COLOURS = dict(zip(TERMS, ("#e69f00", COLOURS["feddip"], COLOURS["feddst"], COLOURS["feddp"]), strict=True))
 SPLIT_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -44,7 +44,7 @@ def terms(runs: pd.DataFrame, title: str) -> Figure:
                 values = (getattr(bound, name) * growth).where(lambda term: term > 0)
                 panel.plot(run["round"], values, line, color=TERM_COLOURS[name], label=name + kind)
         panel.set(yscale="log", xlabel=AXES["round"], ylabel=SQUARES)
-    _shared_legend(figure)
+    legend_below(figure)
     _headed(figure, runs, title)
     return figure
 
@@ -135,7 +135,7 @@ def shares(runs: pd.DataFrame, title: str) -> Figure:
         panel.invert_yaxis()
         panel.grid(False, axis="y")
     axes[0][1].set_yticklabels([])
-    _shared_legend(figure)
+    legend_below(figure)
     _headed(figure, runs, title)
     return figure
 
@@ -154,13 +154,6 @@ def _panels(runs: pd.DataFrame, width: float, height: float) -> tuple[Figure, It
         panel.set_title(f"{split}, {SETTINGS[schedule]}", loc="left")
         pairs.append((panel, run))
     return figure, pairs
-
-
-def _shared_legend(figure: Figure) -> None:
-    lines = {}
-    for panel in figure.axes:
-        lines |= {text: line for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
 
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from .cost_report import judged_clients
 from .experiments import main_runs, splits
 from .report import quantity
 from .results import HEADLINE_ROWS, headline, interval
@@ -18,7 +19,8 @@ RULE = (
     "Verdict: a claim holds in a partition if the 95 % interval over seeds (differences and ratios paired by seed) "
     "lies wholly on the good side of its threshold. Reproduced: in every partition; partly: in some; not reproduced: "
     "in none, which does not say that the opposite was shown. Fewer than three seeds: the values, no verdict. Not "
-    "tested at this scale: no recorded run measures it yet. ‡ This rule was written down when its runs were known."
+    "tested at this scale: no recorded run measures it yet. For time and memory, a model stands for a partition and a "
+    "repetition for a seed. ‡ This rule was written down when its runs were known."
 )
 
 
@@ -27,16 +29,18 @@ def claims_table(folder: Path, path: Path, up: str) -> str:
     verdicts. `up` leads from the document to the checkout, for links."""
     document = yaml.safe_load(path.read_text())
     setting = document["setting"]
-    runs = main_runs(setting["profile"], folder).get(setting["runs"], pd.DataFrame(columns=["split"]))
-    lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, runs, up) for claim in document["claims"])]
+    runs = main_runs(setting["profile"], folder).get(setting["runs"], pd.DataFrame(columns=["split", "run_id"]))
+    sources = {"runs": summaries(runs), "cost_cpu": judged_clients(folder.parent / "benchmarks")}
+    lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, sources, up) for claim in document["claims"])]
     where = "".join(f"{words} (profile `{setting['profile']}`).\n\n" for words in runs.get("setting", [])[:1])
     return where + "\n".join([*lines, "", RULE])
 
 
-def _row(claim: dict, runs: pd.DataFrame, up: str) -> str:
+def _row(claim: dict, sources: dict[str, pd.DataFrame], up: str) -> str:
     measure, good, cells = claim.get("measure"), claim.get("good"), ["-", "-", "not tested at this scale"]
     if measure:
-        by_split = {split: measured(runs[runs["split"] == split], measure) for split in splits(runs)}
+        rows = sources[measure.get("from", "runs")]
+        by_split = {split: measured(rows[rows["split"] == split], measure) for split in splits(rows)}
         by_split = {split: values for split, values in by_split.items() if len(values)}
         cells[0] = in_words(measure, good)
         if by_split:
@@ -47,14 +51,13 @@ def _row(claim: dict, runs: pd.DataFrame, up: str) -> str:
     return "| " + " | ".join([claim["claim"] + " ‡" * claim.get("known", False), claim["source"], *cells, link]) + " |"
 
 
-def measured(runs: pd.DataFrame, measure: dict) -> np.ndarray:
-    """The values (n,) of a measure over the seeds that have all runs it names, in order of seeds.
+def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:
+    """The values (n,) of a measure over the seeds that have all labels it names, in order of seeds.
 
-    `column` is one of `headline`'s, `mask_overlap` (mean over the rounds that choose a mask, the first left out: it
-    replaces a random mask) or `end_minus_best`: the mean accuracy of the last ten evaluated rounds minus that of the
-    best ten in a row. Of several names in `to` the best counts, the largest value of the column, seed by seed.
+    `rows` have `label`, `seed` and the measure's `column`: runs as `summaries` gives them, or a benchmark's record. Of
+    several names in `to` the best counts, the largest value of the column, seed by seed.
     """
-    table = _summaries(runs).pivot_table(index="seed", columns="label", values=measure["column"])
+    table = rows.pivot_table(index="seed", columns="label", values=measure["column"]) if len(rows) else rows
     names = [measure["of"], *measure.get("to", [])]
     if not set(names) <= set(table):
         return np.empty(0)
@@ -66,8 +69,10 @@ def measured(runs: pd.DataFrame, measure: dict) -> np.ndarray:
     return own / other if measure["by"] == "ratio" else own - other
 
 
-def _summaries(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: `headline`, with what it lacks."""
+def summaries(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run: `headline`'s; `mask_overlap`, the mean over the rounds that choose a mask, without the first,
+    which replaces a random mask; and `end_minus_best`, the mean accuracy of the last ten evaluated rounds minus that of
+    the best ten in a row."""
     rows = headline(runs).set_index("run_id")
     for run_id, run in runs.groupby("run_id"):
         accuracy = run.sort_values("round")["accuracy"]
@@ -90,7 +95,8 @@ def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | li
 
 def in_words(measure: dict, good: dict) -> str:
     """A measure and its threshold, as a reader would say it."""
-    column = measure["column"].replace("_", " ").replace("mib", "total bytes")
+    words = {"mib": "total bytes", "peak_mib": "peak memory in training", "seconds": "seconds of local training"}
+    column = words.get(measure["column"], measure["column"].replace("_", " "))
     of, to = measure["of"], measure.get("to", [])
     other = to[0] if len(to) == 1 else f"the best of {', '.join(to)}"
     what = {"difference": f"{of} - {other}", "ratio": f"{of} / {other}", "value": of}[measure["by"]]

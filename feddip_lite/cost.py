@@ -3,7 +3,7 @@
 One FLOP is one multiplication or one addition. Counted are the weights of convolutions and linear layers, the padding
 of a convolution included; biases, activations, pooling, BatchNorm and the SGD step (a few operations per weight and
 step) are left out. What unstructured sparsity saves in FLOPs is time only where kernels skip zeros: `latency` measures
-it. Read before: `layout.py`, `shrink.py`; the file is `exported.py`'s. Read next: `cost_runs.py`, which measures whole models.
+it. Read before: `layout.py`, `shrink.py`; the file is `exported.py`'s. Read next: `cost_runs.py`.
 """
 
 from __future__ import annotations

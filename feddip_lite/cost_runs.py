@@ -1,60 +1,40 @@
-"""What pruned models and their training cost on this machine: rows of measured numbers.
+"""What pruned models cost on this machine: rows of measured numbers.
 
-`trained` makes a pruned model, `sizes` counts and weighs it, `layer_rows` and `model_rows` time it, `client_rows` takes
-seconds and peak memory of local training, each in a process of its own: this file, run as a module.
-`benchmarks/cost.py` records them all, notebook 09 takes a few afresh. Read before: `cost.py`; after: `cost_report.py`.
+`trained` makes a pruned model, `untouched` one that has its mask; `sizes` counts and weighs it, `layer_rows` and
+`inference_rows` time it.
+`benchmarks/cost.py` records them, notebook 09 takes a few afresh. Read before: `cost.py`; after: `cost_clients.py`
+(training), `cost_report.py`.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import fastest_arithmetic
 from .checkpoint import Progress
 from .config import Config
-from .cost import client_memory, export, flops, latency, packed_bytes, sparse_model, training_flops
-from .data import Dataset, fit_images, load_dataset, normalise
+from .cost import export, flops, latency, packed_bytes, sparse_model, training_flops
+from .data import DATASETS, Dataset, normalise
 from .engine import advance, running
 from .experiments import NAMES
 from .federation import prepare
-from .layout import FlatModel, Layout
-from .local import local_update
-from .methods import build_method
+from .layout import Layout
 from .models import INPUT_SHAPES, build_model
 from .operators import Linear
-from .server import ServerState, evaluate_state, initial_state, sample_cohort
+from .server import ServerState, evaluate_state
 from .shrink import CHAINS, CSRLinear, plain, to_csr, without_dead_channels
 from .sparsity import density
-from .workers import keep_freed_memory
 
 DENSE, CSR, SHRUNK, BOTH = "dense", "CSR linear layers", "dead channels removed", "both"
 """The forms of a model that are timed; they compute the same."""
-CLIENTS = ({"method": "fedavg"}, {"method": "feddip", "initial_sparsity": 0.9}, {"method": "feddst"})
-"""Whose clients are measured, at the target sparsity of 0.9 from the start: dense, with error feedback, masked SGD."""
-STEPPED = 1  # a round in which none of these methods does more than train
-
-
-class Trained(NamedTuple):
-    """A model trained and pruned by a federation, and the FLOPs of the clients' training over all rounds: dense, with
-    error feedback, and by masked SGD under the same masks."""
-
-    state: ServerState
-    data: Dataset
-    accuracy: float
-    flops: dict[str, int]
 
 
 def model_name(config: Config) -> str:
@@ -62,35 +42,52 @@ def model_name(config: Config) -> str:
     return NAMES[config.model] + (f" ({config.width:g})" if config.width != 1 else "")
 
 
-def trained(config: Config) -> Trained:
-    """Run `config` to its end, without recording it.
+def untrained(dataset: str, model: str, width: float) -> nn.Module:
+    """The model of that name for that data set, without loading any."""
+    channels, size = INPUT_SHAPES.get(model, (1, 28))
+    return build_model(model, classes=DATASETS[dataset]["classes"], width=width, channels=channels, size=size)
+
+
+def largest_linear(config: Config) -> tuple[int, int]:
+    """(outputs, inputs) of the model's linear layer with most weights."""
+    layers = untrained(config.dataset, config.model, config.width).modules()
+    return max((tuple(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear)), key=prod)
+
+
+def trained(config: Config) -> tuple[ServerState, Dataset, float]:
+    """Run `config` to its end without recording it: the last state, the data, and the accuracy of w*m.
 
     Raises:
         As `engine.run`.
     """
     config = config.resolved()
     state, clients, method = prepare(config)
-    now, totals = Progress(state), {"dense": 0, "feedback": 0, "masked": 0}
+    now = Progress(state)
     with closing(clients.workers), running(config):
         while now.state.round < config.rounds:
-            samples = sum(len(clients.train[client]) for client in sample_cohort(config, now.state.round))
-            mask, layout = now.state.mask, method.layout
-            totals["dense"] += training_flops(layout, config, samples)["total"]
-            totals["feedback"] += training_flops(layout, config, samples, mask, error_feedback=True)["total"]
-            totals["masked"] += training_flops(layout, config, samples, mask)["total"]
             advance(now, clients, method, config)
         accuracy = evaluate_state(now.state, clients)["accuracy"]
-    return Trained(now.state, clients.data, accuracy, totals)
+    return now.state, clients.data, accuracy
+
+
+def untouched(config: Config, mask: Tensor | None = None) -> tuple[ServerState, Dataset]:
+    """The state before round 0, and the data: initial weights, for what depends on the mask alone. `mask` (P,) bool
+    takes the place of the method's first one."""
+    state, clients, _ = prepare(config)
+    clients.workers.close()
+    return state if mask is None else replace(state, mask=mask), clients.data
 
 
 def sizes(state: ServerState, data: Dataset, config: Config) -> dict[str, float]:
     """What the sparse model w*m weighs, and what it would weigh dense.
 
     Returns: `sparsity`, `weights` n, `prunable` P, `kept` of them; `file` and `dense_file`, bytes of `cost.export`;
-    `message` and `dense_message`, bytes that travel; `flops` and `dense_flops` of a forward pass of one image; and
-    `left`, the weights after `without_dead_channels` (NaN for a model that is no chain).
+    `message` and `dense_message`, bytes that travel; `flops` and `dense_flops` of a forward pass of one image;
+    `training_dense`, `training_feedback` and `training_masked`, FLOPs of an epoch's training on one image, dense, with
+    error feedback and by masked SGD; `left`, the weights after `without_dead_channels` (NaN if the model is no chain).
     """
-    dense = replace(state, mask=torch.ones_like(state.mask))
+    once = replace(config, local_epochs=1)
+    dense = replace(state, weights=torch.ones_like(state.weights), mask=torch.ones_like(state.mask))
     module, whole = (sparse_model(each, data, config) for each in (state, dense))
     layout = Layout.of(module, image_shape=tuple(data.train_images.shape[1:]))
     with TemporaryDirectory() as folder:
@@ -105,6 +102,9 @@ def sizes(state: ServerState, data: Dataset, config: Config) -> dict[str, float]
         "dense_message": packed_bytes(layout, dense),
         "flops": sum(flops(layout, state.mask).values()),
         "dense_flops": sum(flops(layout).values()),
+        "training_dense": training_flops(layout, once, 1)["total"],
+        "training_feedback": training_flops(layout, once, 1, state.mask, error_feedback=True)["total"],
+        "training_masked": training_flops(layout, once, 1, state.mask)["total"],
         "left": num_weights(without_dead_channels(module)) if type(module) in CHAINS else float("nan"),
     }
 
@@ -163,70 +163,20 @@ def num_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def inference(config: Config, layers: Sequence[Mapping], batches: Sequence[int], repeats: int) -> tuple[dict, list]:
-    """Train `config`, weigh the model and time its forms.
+def inference_rows(
+    module: nn.Module, data: Dataset, layers: Sequence[Mapping], batches: Sequence[int], repeats: int = 30
+) -> list[dict]:
+    """Times of a pruned model's forms for several `batches`, numbers of test images: `model_rows` with `batch`.
 
     Args:
         layers: rows of `layer_rows` with the `batch` of each; at its crossing a linear layer becomes CSR.
-
-    Returns:
-        (`sizes` with the `accuracy` and the training FLOPs of the run, rows of `model_rows` with `batch` and
-        `sparsity`, the target).
     """
-    state, data, accuracy, training = trained(config)
-    module, rows, target = sparse_model(state, data, config), [], config.target_sparsity
+    rows = []
     for batch in batches:
         images = normalise(data.test_images[:batch], data)
         csr_from = crossing(row for row in layers if row["batch"] == batch)
-        about = {"batch": batch, "sparsity": target}
-        rows += [{**about, **row} for row in model_rows(module, images, csr_from, repeats)]
-    counted = {f"training_{name}": count for name, count in training.items()}
-    return {**sizes(state, data, config), "target": target, "accuracy": accuracy, **counted}, rows
-
-
-def client_rows(forms: Iterable[Mapping], repeats: int = 1, samples: int = 1200) -> list[dict]:
-    """What `client` finds for each of `forms`, settings of `Config`, in a fresh process; they take turns, `repeats`
-    times. `split` is the model, `label` the method, `seed` the number of the turn."""
-    rows = []
-    for turn in range(repeats):
-        for settings in forms:
-            command = [sys.executable, "-m", "feddip_lite.cost_runs", json.dumps(settings), str(samples)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            config = Config(**settings)
-            names = {"split": model_name(config), "label": NAMES[config.method], "seed": turn}
-            rows.append({**names, **json.loads(done.stdout)})
+        rows += [{"batch": batch, **row} for row in model_rows(module, images, csr_from, repeats)]
     return rows
-
-
-def client(settings: Mapping, samples: int) -> dict[str, float]:
-    """Local training of one client on `samples` digits, twice, in a process that has done nothing else.
-
-    Returns: `seconds` of the second time; `peak_mib`, by how much the process has grown at most since before the
-    model was made (resident memory, as Linux counts it; NaN elsewhere), so without data and Python; and
-    `weights`, `gradient`, `mask`, `buffers`, `activations` and their `total`, bytes counted by `client_memory`.
-    """
-    config = Config(**settings).resolved()
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    data = load_dataset("digits")
-    data = fit_images(data, *INPUT_SHAPES[config.model]) if config.model in INPUT_SHAPES else data
-    channels, size = data.train_images.shape[1:3]
-    indices, images = torch.arange(samples), normalise(data.train_images[: config.batch_size], data)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is forgotten
-    before = _resident("VmRSS")
-    module = build_model(config.model, classes=data.classes, width=config.width, channels=channels, size=size)
-    model = FlatModel(module, Layout.of(module))
-    model.arithmetic = fastest_arithmetic(model, size, config.precision)
-    method = build_method(config, model.layout)
-    plan = method.plan(method.offer(initial_state(method, model), STEPPED, 0), {}, STEPPED)
-    for _ in range(2):
-        begin = time.perf_counter()
-        local_update(model, plan, data, indices, config, STEPPED, 0)
-        seconds = time.perf_counter() - begin
-    peak, feedback = _resident("VmHWM") - before, plan.mask is not None and not plan.project
-    counted = client_memory(module, model.layout, images, plan.mask, error_feedback=feedback)
-    return {"seconds": seconds, "peak_mib": peak, **counted}
 
 
 def _timed(forms: Mapping[str, nn.Module], images: Tensor, repeats: int, **about) -> list[dict]:
@@ -234,14 +184,3 @@ def _timed(forms: Mapping[str, nn.Module], images: Tensor, repeats: int, **about
     times = latency(forms, images, repeats)
     dense = min((times.pop(name) for name in ("own", "stock") if name in times), key=lambda each: each.median)
     return [{**about, "form": form, **each._asdict()} for form, each in {DENSE: dense, **times}.items()]
-
-
-def _resident(field: str) -> float:
-    """MiB of this process, now (`VmRSS`) or at most (`VmHWM`); NaN where there is no /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), float("nan"))
-
-
-if __name__ == "__main__":
-    print(json.dumps(client(json.loads(sys.argv[1]), int(sys.argv[2]))))

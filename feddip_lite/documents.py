@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .claims import claims_table
+from .cost_report import cost_section
 from .overview import benchmark_section, methods_table
 from .report import results_section
 from .results import atomic_write
@@ -17,6 +18,7 @@ def generated_parts(root: Path) -> dict[tuple[str, str], str]:
         ("README.md", "methods"): methods_table(),
         ("README.md", "results"): results_section(results),
         ("README.md", "claims"): claims_table(results, claims, ""),
+        ("README.md", "cost"): cost_section(root / "benchmarks"),
         ("README.md", "benchmark"): benchmark_section(root / "benchmarks"),
         ("docs/claims.md", "claims"): claims_table(results, claims, "../"),
     }

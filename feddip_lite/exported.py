@@ -16,10 +16,10 @@ from .config import Config
 from .data import Dataset
 from .federation import layout_of
 from .layout import FlatModel
-from .models import build_model
+from .models import ResNet18, build_model
 from .results import atomic_write
 from .server import ServerState
-from .shrink import CHAINS, CSRLinear, plain
+from .shrink import CHAINS, WEIGHTED, CSRLinear, plain
 
 FORMAT = "feddip_lite model 1"
 
@@ -27,6 +27,7 @@ FORMAT = "feddip_lite model 1"
 ARGUMENTS = {
     nn.Conv2d: "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split(),
     nn.Linear: "in_features out_features".split(),
+    nn.BatchNorm2d: ["num_features", "eps"],
     nn.MaxPool2d: "kernel_size stride padding dilation ceil_mode".split(),
     nn.AdaptiveAvgPool2d: ["output_size"],
     nn.Dropout: ["p"],
@@ -69,9 +70,24 @@ def export(path: str | Path, module: nn.Module, data: Dataset, config: Config) -
         model.load_state_dict({name: dense(stored) for name, stored in saved["weights"].items()})
         logits = model((images / saved["scale"] - saved["mean"]) / saved["std"])
 
-    ResNet-18 is no chain: its file has `model` and `arguments` for `models.build_model` in place of `layers`, and the
-    same `weights`. A weight tensor that is smaller so is stored as its non-zero values, 8 bytes each with their int32
-    indices. Values come back bit for bit, but for -0, which becomes 0.
+    ResNet-18 is no chain: its file also has `steps`, each a layer's name or "add" with the numbers of the values that it
+    takes, the input being number 0. With the same `dense` and `saved`:
+
+        layers = {name: getattr(nn, kind)(**arguments).eval() for name, kind, arguments in saved["layers"]}
+        for name, layer in layers.items():
+            layer.load_state_dict({part: dense(saved["weights"][f"{name}.{part}"]) for part in layer.state_dict()})
+
+        def model(x):
+            values = [x]
+            for name, numbers in saved["steps"]:
+                given = [values[number] for number in numbers]
+                values.append(sum(given) if name == "add" else layers[name](*given))
+            return values[-1]
+
+        logits = model((images / saved["scale"] - saved["mean"]) / saved["std"])
+
+    A weight tensor that is smaller so is stored as its non-zero values, 8 bytes each with their int32 indices. Values
+    come back bit for bit, but for -0, which becomes 0.
 
     Args:
         path: replaced in one step; folders are made.
@@ -88,9 +104,11 @@ def export(path: str | Path, module: nn.Module, data: Dataset, config: Config) -
     content = {"format": FORMAT, "run": config.run_id, "shape": tuple(data.train_images.shape[1:])}
     if isinstance(module, nn.Sequential) or type(module) in CHAINS:
         module = plain(module)
-        content["layers"] = [(name, *_described(name, layer)) for name, layer in module.named_children()]
+        layers = dict(module.named_children())
     else:
-        content |= {"model": config.model, "arguments": _shape(data, config)}
+        layers, steps = _wired(module)
+        content |= {"model": config.model, "arguments": _shape(data, config), "steps": steps}
+    content["layers"] = [(name, *_described(name, layer)) for name, layer in layers.items()]
     content["weights"] = {name: _stored(tensor.detach().cpu()) for name, tensor in module.state_dict().items()}
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
     content |= {"scale": float(data.scale), "mean": mean, "std": std}
@@ -114,11 +132,11 @@ def load_exported(path: str | Path) -> nn.Module:
         raise ValueError(f"{path}: damaged, or not an exported model") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path}: not an exported model of this version")
-    if "layers" in saved:
+    if "model" in saved:
+        module = build_model(saved["model"], **saved["arguments"])
+    else:
         layers = ((name, _built(KINDS[kind], arguments)) for name, kind, arguments in saved["layers"])
         module = nn.Sequential(OrderedDict(layers))
-    else:
-        module = build_model(saved["model"], **saved["arguments"])
     module.load_state_dict({name: _dense(stored) for name, stored in saved["weights"].items()})
     return module.eval()
 
@@ -128,14 +146,36 @@ def _shape(data: Dataset, config: Config) -> dict[str, int | float]:
     return {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
 
 
+def _wired(module: ResNet18) -> tuple[dict[str, nn.Module], list[tuple[str, list[int]]]]:
+    """(layers by name, steps of the forward pass as in `export`); value k is what step k gives, value 0 the input."""
+    layers, steps = {"relu": nn.ReLU(), "average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}, []
+
+    def then(*names: str, after: int | None = None) -> int:
+        for name in names:
+            steps.append((name, [len(steps) if after is None else after]))
+            after = None
+        return len(steps)
+
+    start = then("conv1", "bn1", "relu")
+    for number, block in enumerate(module.blocks):
+        path = f"blocks.{number}."
+        end = then(path + "conv1", path + "bn1", "relu", path + "conv2", path + "bn2")
+        projection = [f"{path}shortcut.{name}" for name, _ in block.shortcut.named_children()]
+        steps.append(("add", [end, then(*projection, after=start) if projection else start]))
+        start = then("relu")
+    then("average", "flatten", "linear")
+    return layers | {name: module.get_submodule(name) for name, _ in steps if name not in {*layers, "add"}}, steps
+
+
 def _described(name: str, layer: nn.Module) -> tuple[str, dict]:
-    """(kind, arguments) of a layer of a chain; `bias` only where there are weights."""
-    if type(layer) not in ARGUMENTS:
+    """(kind, arguments) of a layer; `bias` only for convolutions and linear layers."""
+    kind = next((kind for kind in ARGUMENTS if isinstance(layer, kind)), None)
+    if kind is None:
         raise ValueError(f"module: layer {name!r} is {type(layer).__name__}; expected one of {', '.join(KINDS)}")
-    arguments = {argument: getattr(layer, argument) for argument in ARGUMENTS[type(layer)]}
-    if hasattr(layer, "bias"):
+    arguments = {argument: getattr(layer, argument) for argument in ARGUMENTS[kind]}
+    if isinstance(layer, WEIGHTED):
         arguments["bias"] = layer.bias is not None
-    return type(layer).__name__, arguments
+    return kind.__name__, arguments
 
 
 def _built(kind: type[nn.Module], arguments: dict) -> nn.Module:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -142,7 +143,8 @@ def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mi
     most = results["mib"].max()
     figure, axes = grid(len(FAMILIES), len(x), 5.6, 3.2)
     for row, family in enumerate(FAMILIES):
-        own = results[results["method"].isin([*_of_family(family), "fedavg", "feddip"])]
+        members = [name for name, method in METHODS.items() if method.about.family == family]
+        own = results[results["method"].isin([*members, "fedavg", "feddip"])]
         for panel, name in zip(axes[row], x, strict=True):
             _methods(panel, own, name, "accuracy", window=HEADLINE_ROWS)
             panel.set_ylabel(f"accuracy, mean of {HEADLINE_ROWS} rounds")
@@ -185,15 +187,15 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
 
 
 def _in_mib(panel: Axes, low: float, high: float) -> None:
-    """A logarithmic axis of transmitted MiB with readable ticks: 1, 2 or 5 times powers of ten."""
     panel.set(xscale="log", xlim=(low, high), xlabel=f"{AXES['mib']} (log)")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    log_ticks(panel.xaxis)
 
 
-def _of_family(family: str) -> list[str]:
-    return [name for name, method in METHODS.items() if method.about.family == family]
+def log_ticks(axis: Axis) -> None:
+    """Readable ticks for a logarithmic axis: 1, 2 or 5 times powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def look_of(runs: pd.DataFrame) -> dict[str, str]:
@@ -234,6 +236,12 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
     """(figure, axes (rows, columns)), each panel `width` x `height` inches."""
     size = (width * columns, height * rows + 0.6)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend below all panels, each label once."""
+    lines = {text: line for panel in figure.axes for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
 
 
 def wrapped(setting: str) -> str:

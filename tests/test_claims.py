@@ -1,11 +1,13 @@
 """Laws of verdicts: interval, side and threshold decide; partitions are counted; references are paired by seed."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from feddip_lite.claims import claims_table, measured, verdict
+from feddip_lite.claims import claims_table, measured, summaries, verdict
 from feddip_lite.experiments import NAMES
 from feddip_lite.results import ROOT, headline
 
@@ -22,6 +24,10 @@ def runs(**accuracies):
             facts = {"up_bytes": 3, "down_bytes": 10 + seed, "mib": 1.0, "mask_interval": 5, "mask_overlap": 0.5}
             frames.append(run.assign(label=label, seed=seed, run_id=f"{label}{seed}", **facts))
     return pd.concat(frames)
+
+
+def values_of(table, measure):
+    return measured(summaries(table), measure)
 
 
 @pytest.mark.parametrize(
@@ -43,34 +49,34 @@ def test_a_claim_holds_where_the_whole_interval_is_on_the_good_side(values, side
 def test_differences_are_paired_by_seed_and_go_to_the_best_reference_of_each_seed():
     table = runs(FedDIP=[0.8, 0.7, 0.9], SNIP=[0.5, 0.9, 0.1], FedDST=[0.6, 0.2, 0.3])
     measure = {"column": "accuracy", "of": "FedDIP", "to": ["SNIP", "FedDST"], "by": "difference"}
-    assert np.allclose(measured(table, measure), [0.8 - 0.6, 0.7 - 0.9, 0.9 - 0.3])
-    assert np.allclose(measured(table, {**measure, "to": ["SNIP"], "by": "ratio"}), [0.8 / 0.5, 0.7 / 0.9, 9.0])
+    assert np.allclose(values_of(table, measure), [0.8 - 0.6, 0.7 - 0.9, 0.9 - 0.3])
+    assert np.allclose(values_of(table, {**measure, "to": ["SNIP"], "by": "ratio"}), [0.8 / 0.5, 0.7 / 0.9, 9.0])
 
 
 def test_seeds_without_all_runs_do_not_count_and_an_absent_method_leaves_nothing():
     table = runs(FedDIP=[0.8, 0.7], FedAvg=[0.9])
     measure = {"column": "accuracy", "of": "FedDIP", "to": ["FedAvg"], "by": "difference"}
-    assert len(measured(table, measure)) == 1
-    assert len(measured(table, {**measure, "to": ["MPFL†"]})) == 0
+    assert len(values_of(table, measure)) == 1
+    assert len(values_of(table, {**measure, "to": ["MPFL†"]})) == 0
 
 
 def test_the_end_is_compared_with_the_best_ten_rounds_in_a_row():
     table = runs(FedDIP=[0.5])
     table.loc[table["round"].between(2, 11), "accuracy"] = 0.7
-    assert measured(table, {"column": "end_minus_best", "of": "FedDIP", "by": "value"}) == pytest.approx([0.5 - 0.7])
+    assert values_of(table, {"column": "end_minus_best", "of": "FedDIP", "by": "value"}) == pytest.approx([0.5 - 0.7])
 
 
 def test_overlap_is_the_mean_over_the_rounds_that_choose_a_mask_but_the_first():
     table = runs(FedDIP=[0.5])
     table["mask_overlap"] = np.where(table["round"] % 5 == 0, table["round"] / 100, 1.0)
     mean = np.mean([0.05, 0.10, 0.15, 0.20])
-    assert measured(table, {"column": "mask_overlap", "of": "FedDIP", "by": "value"}) == pytest.approx([mean])
+    assert values_of(table, {"column": "mask_overlap", "of": "FedDIP", "by": "value"}) == pytest.approx([mean])
 
 
 def test_bytes_are_those_of_the_whole_run():
     table = runs(FedDIP=[0.5, 0.5])
     measure = {"column": "down_bytes", "of": "FedDIP", "by": "value"}
-    assert measured(table, measure).tolist() == headline(table)["down_bytes"].tolist() == [10 * ROUNDS, 11 * ROUNDS]
+    assert values_of(table, measure).tolist() == headline(table)["down_bytes"].tolist() == [10 * ROUNDS, 11 * ROUNDS]
 
 
 def test_without_results_nothing_is_claimed(tmp_path):
@@ -85,3 +91,21 @@ def test_every_claim_names_known_methods_and_an_existing_notebook():
         assert {*measure.get("to", []), measure.get("of", "FedDIP")} <= set(NAMES.values())
         assert "notebook" not in claim or (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
         assert bool(measure) == ("good" in claim)
+
+
+def test_time_and_memory_are_judged_from_the_benchmark_and_never_from_a_rehearsal(tmp_path):
+    def row_of(rehearsal):
+        rows = [
+            {"split": "LeNet-5", "label": label, "seed": turn, "seconds": seconds + turn / 100, "peak_mib": 40.0}
+            for label, seconds in (("FedAvg", 2.0), ("FedDIP", 3.0))
+            for turn in range(3)
+        ]
+        record = {"clients": rows, "layers": [], "models": [], "times": [], "provenance": {"rehearsal": rehearsal}}
+        (tmp_path / "benchmarks").mkdir(exist_ok=True)
+        (tmp_path / "benchmarks" / "cost_cpu.json").write_text(json.dumps(record))
+        table = claims_table(tmp_path / "results", ROOT / "params" / "claims.yaml", "")
+        return next(row for row in table.splitlines() if row.startswith("| Faster training |"))
+
+    mean = np.mean([3 / 2, 3.01 / 2.01, 3.02 / 2.02])
+    assert f"LeNet-5: {mean:.4f} ±" in row_of(False) and "| not reproduced |" in row_of(False)
+    assert "| not tested at this scale |" in row_of(True)
