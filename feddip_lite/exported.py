@@ -70,8 +70,8 @@ def export(path: str | Path, module: nn.Module, data: Dataset, config: Config) -
         model.load_state_dict({name: dense(stored) for name, stored in saved["weights"].items()})
         logits = model((images / saved["scale"] - saved["mean"]) / saved["std"])
 
-    ResNet-18 is no chain: its file also has `steps`, each a layer's name or "add" with the numbers of the values that it
-    takes, the input being number 0. With the same `dense` and `saved`:
+    ResNet-18 is no chain: its file also has `steps`, each a layer's name or "add", with the numbers of the values that
+    it takes, the input being number 0. With the same `dense` and `saved`:
 
         layers = {name: getattr(nn, kind)(**arguments).eval() for name, kind, arguments in saved["layers"]}
         for name, layer in layers.items():
