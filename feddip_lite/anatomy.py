@@ -64,12 +64,12 @@ def layer_bars(rows: pd.DataFrame, title: str) -> Figure:
     for number, name in enumerate(names):
         own = rows[rows["label"] == name]
         means = 100 * own.groupby("layer")["sparsity"].mean().reindex(order)
-        look = {"color": look_of(own)["color"], "alpha": {"-": 1.0}.get(look_of(own)["linestyle"], 0.5)}
+        look = {"color": look_of(own)["color"], "alpha": {"--": 0.6, ":": 0.35}.get(look_of(own)["linestyle"], 1)}
         offset = (number - (len(names) - 1) / 2) * width
         panel.bar(places + offset, means, width, label=f"{name} (n = {own['seed'].nunique()})", **look)
     erk = 100 * rows.groupby("layer")["erk"].mean().reindex(order)
     panel.plot(places, erk, "D", color=INK, markersize=5, markerfacecolor="white", label="ERK, same total")
-    turned = {"rotation": 60, "ha": "right"} if len(order) > 8 else {}
+    turned = {"rotation": 60, "ha": "right"} if len(order) > 6 else {}
     panel.set_xticks(places, order, **turned)
     panel.set(ylabel="sparsity [%]", ylim=(0, 100))
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
