@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -58,10 +58,13 @@ def execute(
     checkpoint_every: int | None,
     progress: bool | tqdm,
     deadline: float = math.inf,
+    prepare: Callable[[Config], tuple[ServerState, Clients, Method]] = prepare,
+    suffix: str = "checkpoint",
 ) -> pd.DataFrame:
     """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint.
 
     At least one round is done, so that repeated calls come to an end. `progress` may be the bar of a whole sweep.
+    `prepare` says where the clients are; elsewhere than in this process, their checkpoints have another `suffix`.
     """
     config = config.resolved()
     if results_dir is None:
@@ -69,7 +72,7 @@ def execute(
         last = _train(Progress(state), clients, method, config, progress)
         return history_of(last, config)
     folder = Path(results_dir)
-    path = folder / f"{config.run_id}.checkpoint"
+    path = folder / f"{config.run_id}.{suffix}"
     if (stored := read_run(folder, config.run_id)) and not path.exists():
         return stored[0]
     state, clients, method = prepare(config)  # bad input shows here, before anything is written
@@ -187,7 +190,7 @@ def facts_of(clients: Clients, config: Config, progress: Progress) -> dict:
     return {
         "precision": config.precision,
         "data": {"source": data.source, "variant": data.variant, "sha256": data.sha256},
-        "split_sha256": clients.split_sha256,
+        **clients.facts(),
         "wall_seconds": progress.wall_seconds,
     }
 
