@@ -58,18 +58,18 @@ def execute(
     checkpoint_every: int | None,
     progress: bool | tqdm,
     deadline: float = math.inf,
-    prepare: Callable[[Config], tuple[ServerState, Clients, Method]] = prepare,
+    connect: Callable[[Clients, Method, Config], Clients] = lambda clients, *_: clients,
     suffix: str = "checkpoint",
 ) -> pd.DataFrame:
     """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint.
 
     At least one round is done, so that repeated calls come to an end. `progress` may be the bar of a whole sweep.
-    `prepare` says where the clients are; elsewhere than in this process, their checkpoints have another `suffix`.
+    `connect` gives clients that are elsewhere than in this process; their checkpoints have another `suffix`.
     """
     config = config.resolved()
     if results_dir is None:
         state, clients, method = prepare(config)
-        last = _train(Progress(state), clients, method, config, progress)
+        last = _train(Progress(state), connect(clients, method, config), method, config, progress)
         return history_of(last, config)
     folder = Path(results_dir)
     path = folder / f"{config.run_id}.{suffix}"
@@ -79,6 +79,7 @@ def execute(
     with run_lock(folder, config.run_id):
         if not read_run(folder, config.run_id):  # else by another process, while this one waited, or was killed
             start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
+            clients = connect(clients, method, config)
             last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
             facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, last))
             left = {"layers": layers_of(method.layout, last.state), "mask": last.state.mask}
