@@ -18,7 +18,7 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
 from .failures import ClientFailure
 from .federation import prepare
-from .layout import Layout
+from .layout import Layout, sha256_of
 from .methods import Method
 from .plan import Diverged
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
@@ -187,11 +187,16 @@ def history_of(progress: Progress, config: Config) -> pd.DataFrame:
 
 def facts_of(clients: Clients, config: Config, progress: Progress) -> dict:
     """What a run's provenance says beyond versions and hardware."""
-    data = clients.data
+    data, state = clients.data, progress.state
     return {
         "precision": config.precision,
         "data": {"source": data.source, "variant": data.variant, "sha256": data.sha256},
         **clients.facts(),
+        "state_sha256": {
+            **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},
+            "memory": sha256_of(state.memory),
+            "clients": {client: clients.digest(memory) for client, memory in sorted(progress.memories.items())},
+        },
         "wall_seconds": progress.wall_seconds,
     }
 

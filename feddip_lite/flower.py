@@ -20,9 +20,10 @@ from flwr.serverapp import Grid
 from .__main__ import guarded
 from .config import Config
 from .engine import execute
-from .flower_link import Link
+from .flower_link import Link, token_of
 from .message import Message, encode
 from .methods import Method
+from .methods.base import Memory
 from .results import atomic_write
 from .server import Clients
 
@@ -42,6 +43,9 @@ class Remote(Clients):
         members = sorted(self.link.claims.values(), key=lambda member: member.client)
         clients = {str(m.client): {"samples": m.samples, "data": m.data} for m in members}
         return {**super().facts(), "flower": flwr.__version__, "clients": clients}
+
+    def digest(self, memory: Memory) -> str:
+        return token_of(memory).partition("-")[2]
 
 
 def serve(grid: Grid, settings: Mapping) -> None:

@@ -7,11 +7,11 @@ knows them by token, and asks for the one that its own state goes with. Read nex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import import_module
@@ -29,7 +29,8 @@ from .engine import running
 from .failures import check_client
 from .federation import prepare
 from .flower_wire import TOKEN, pack, received, typed, unpack
-from .message import Message, encode
+from .layout import Layout, sha256_of
+from .message import Message, decode, encode
 from .methods.base import Memory
 from .partition import Split
 from .results import atomic_write
@@ -67,7 +68,8 @@ def _trained(envelope: Envelope, context: Context) -> RecordDict:
     t, token = typed(words, "round", int), typed(words, TOKEN, str)
     layout, device = method.layout, state.weights.device
     folder = memories_of(context) / config.run_id / str(client)
-    memory = received(recall(folder, token), layout, device).extras if token else {}
+    memory = recall(folder, token, layout) if token else {}
+    memory = {name: tensor.to(device) for name, tensor in memory.items()}
     clients, limit = replace(clients, memories={client: memory}), config.client_timeout and 2 * config.client_timeout
     with running(config):
         offer = received(payload, layout, device)
@@ -151,22 +153,24 @@ def images_in(folder: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array([int(path.parent.name) for path in paths])
 
 
-def recall(folder: Path, token: str) -> bytes:
-    """The encoded memory that `token` names.
+def recall(folder: Path, token: str, layout: Layout) -> Memory:
+    """The memory that `token` names, on the CPU.
 
     Raises:
         ValueError: it is not here, or damaged.
     """
-    round_, _, sha256 = token.partition("-")
     if not re.fullmatch(r"\d{1,9}-[0-9a-f]{64}", token):
         raise ValueError(f"token: {token!r} is not valid; expected <round>-<SHA-256>")
+    round_, _, sha256 = token.partition("-")
     path = folder / f"{token}.memory"
+    remedy = "bring it back, or delete the server's checkpoint to start the run again"
     if not path.exists():
-        raise ValueError(f"{path}: the memory of round {round_} is not here; start the run again, or bring it back")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path}: damaged (SHA-256 does not match); start the run again, or bring it back")
-    return data
+        raise ValueError(f"{path}: the memory of round {round_} is not here; {remedy}")
+    with suppress(ValueError):
+        memory = decode(path.read_bytes(), layout).extras
+        if sha256_of(memory) == sha256:
+            return memory
+    raise ValueError(f"{path}: damaged (SHA-256 does not match); {remedy}")
 
 
 def keep(folder: Path, t: int, memory: Memory, asked: str) -> str:
@@ -174,9 +178,8 @@ def keep(folder: Path, t: int, memory: Memory, asked: str) -> str:
 
     Of all others only the one that was `asked` for in this round stays: a server that resumes asks for one of the two.
     """
-    data = encode(Message(extras=memory))
-    token = f"{t}-{hashlib.sha256(data).hexdigest()}"
-    atomic_write(folder / f"{token}.memory", data)
+    token = f"{t}-{sha256_of(memory)}"
+    atomic_write(folder / f"{token}.memory", encode(Message(extras=memory)))
     for path in folder.glob("*.memory"):
         if path.stem not in (token, asked):
             path.unlink()

@@ -135,7 +135,7 @@ class Link:
         self.greet()
         nodes = {client: self.nodes_of(client) for client in offers}
         sent = {
-            nodes[client][0]: pack({"round": t, TOKEN: _text_of(memories.get(client))}, offer)
+            nodes[client][0]: pack({"round": t, TOKEN: token_of(memories.get(client))}, offer)
             for client, offer in offers.items() if len(nodes[client]) == 1
         }  # fmt: skip
         answers = self.ask(sent, MessageType.TRAIN, self.reply_timeout)
@@ -196,5 +196,6 @@ def _words_of(answer: Envelope) -> tuple[dict, bytes]:
     return words, payload
 
 
-def _text_of(memory: Memory | None) -> str:
+def token_of(memory: Memory | None) -> str:
+    """The token in place of a memory; empty for none."""
     return bytes(memory[TOKEN].tolist()).decode() if memory else ""

@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 START_SECONDS = 120.0  # for a superlink to answer
-ASK_SECONDS = 10.0  # between two questions to the superlink whether the run has ended
+ASK_SECONDS = 30.0  # between two questions to the superlink whether the run has ended
 GRACE_SECONDS = 10.0  # between asking a process to end and ending it
 
 
@@ -68,8 +68,8 @@ class Federation:
     Args:
         home: folder for Flower's files, logs and the clients' memories; one federation at a time.
         node: further configuration of a client's supernode, as in `flower-supernode --node-config`.
-        security: folder of `tools/certificates.py`: TLS, and only the supernodes whose keys are there are let in. None =
-            neither, for loopback only.
+        security: folder of `tools/certificates.py`: TLS, and only the supernodes whose keys are there are let in.
+            None = neither, for loopback only.
     """
 
     def __init__(

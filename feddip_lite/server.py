@@ -20,7 +20,7 @@ from torch import Tensor
 from .config import Config
 from .data import Dataset
 from .failures import collect, merge
-from .layout import FlatModel
+from .layout import FlatModel, sha256_of
 from .local import evaluate, local_update, see_test_images
 from .message import Message, num_bytes
 from .methods import Method
@@ -74,6 +74,10 @@ class Clients:
     def facts(self) -> dict:
         """What a run's provenance says of these clients."""
         return {"split_sha256": self.split_sha256}
+
+    def digest(self, memory: Memory) -> str:
+        """Checksum of a client's memory."""
+        return sha256_of(memory)
 
 
 @dataclass(frozen=True)
