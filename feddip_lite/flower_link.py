@@ -7,7 +7,7 @@ checked against what was asked and what was said in the handshake. Read before: 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -76,8 +76,9 @@ class Link:
         self.expected = {"run": config.run_id, "of": config.clients, "version": __version__}
         self.data, self.split = clients.data.sha256, clients.split_sha256
         self.join_timeout, self.reply_timeout = join_timeout, reply_timeout
-        self.claims: dict[int, Member] = {}
+        self.claims: dict[int, Member] = {}  # by node, as all that follows
         self.refused: dict[int, str] = {}
+        self.asked: dict[str, int] = {}  # questions under way: number -> node
 
     def join(self) -> None:
         """Wait until every client is there, once."""
@@ -100,17 +101,22 @@ class Link:
             time.sleep(POLL_SECONDS)
 
     def greet(self) -> None:
-        """Forget nodes that are gone; ask those that are new who they are."""
+        """Forget nodes that are gone, ask those that are new who they are, and hear who has answered; without waiting.
+
+        A question that Flower itself answers with an error (the node has just died) is asked again while it is online.
+        """
         online = set(self.grid.get_node_ids())
         self.claims = {node: member for node, member in self.claims.items() if node in online}
         self.refused = {node: reason for node, reason in self.refused.items() if node in online}
-        new = sorted(online - set(self.claims) - set(self.refused))
-        answers = self.ask({node: pack({}) for node in new}, MessageType.QUERY, self.join_timeout)
-        for node, answer in answers.items():
-            try:
-                self.claims[node] = self.welcome(_words_of(answer)[0])
-            except (ValueError, Refused) as error:
-                self.refused[node] = str(error)
+        self.asked = {number: node for number, node in self.asked.items() if node in online}
+        new = online.difference(self.claims, self.refused, self.asked.values())
+        self.asked |= self.send({node: pack({}) for node in sorted(new)}, MessageType.QUERY, self.join_timeout)
+        for node, answer in self.answered(self.asked):
+            if not answer.has_error():
+                try:
+                    self.claims[node] = self.welcome(_words_of(answer)[0])
+                except (ValueError, Refused) as error:
+                    self.refused[node] = str(error)
 
     def welcome(self, words: dict) -> Member:
         """The member that a node says it is, if that can be one of this federation."""
@@ -129,11 +135,22 @@ class Link:
         """The nodes that claim to be this client."""
         return [node for node, member in self.claims.items() if member.client == client]
 
+    def find(self, cohort: Iterable[int]) -> dict[int, list[int]]:
+        """The nodes of each client: one, unless it is gone. A node that is new, or is back while Flower still takes the
+        one before it for alive, has `reply_timeout` to make clear who it is."""
+        deadline = time.monotonic() + self.reply_timeout
+        while True:
+            self.greet()
+            nodes = {client: self.nodes_of(client) for client in cohort}
+            counts = {len(found) for found in nodes.values()}
+            if counts == {1} or (max(counts) < 2 and not self.asked) or time.monotonic() > deadline:
+                return nodes
+            time.sleep(POLL_SECONDS)
+
     def exchange(self, offers: Mapping[int, bytes], memories: Mapping[int, Memory], t: int) -> dict[int, Future]:
         """Send round t's offers, wait for the replies. Returns a future per client, in the order of `offers`, that is
         done: (reply, memory, account), or what went wrong with this client. A memory here is a token, one tensor."""
-        self.greet()
-        nodes = {client: self.nodes_of(client) for client in offers}
+        nodes = self.find(offers)
         sent = {
             nodes[client][0]: pack({"round": t, TOKEN: token_of(memories.get(client))}, offer)
             for client, offer in offers.items() if len(nodes[client]) == 1
@@ -167,18 +184,27 @@ class Link:
 
     def ask(self, contents: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[int, Envelope]:
         """Send each node its content. Returns what answered within `timeout` seconds, by node."""
-        nodes, answers = {}, {}
-        for node, content in contents.items():
-            envelope = Envelope(content, dst_node_id=node, message_type=kind, ttl=timeout)
-            nodes |= {number: node for number in self.grid.push_messages([envelope]) if number}
+        nodes, answers = self.send(contents, kind, timeout), {}
         deadline = time.monotonic() + timeout
         while nodes and time.monotonic() < deadline:
-            for answer in self.grid.pull_messages(list(nodes)):
-                if (node := nodes.pop(answer.metadata.reply_to_message_id, None)) is not None:
-                    answers[node] = answer
+            answers.update(self.answered(nodes))
             if nodes:
                 time.sleep(POLL_SECONDS)
         return answers
+
+    def send(self, contents: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[str, int]:
+        """Send each node its content. Returns the messages' numbers, with the node of each."""
+        sent = {}
+        for node, content in contents.items():
+            envelope = Envelope(content, dst_node_id=node, message_type=kind, ttl=timeout)
+            sent |= {number: node for number in self.grid.push_messages([envelope]) if number}
+        return sent
+
+    def answered(self, nodes: dict[str, int]) -> list[tuple[int, Envelope]]:
+        """The (node, answer) that are there by now, taken out of `nodes`. Others' answers are not looked at."""
+        there = self.grid.pull_messages(list(nodes)) if nodes else []
+        numbers = [(answer.metadata.reply_to_message_id, answer) for answer in there]
+        return [(nodes.pop(number), answer) for number, answer in numbers if number in nodes]
 
 
 def _words_of(answer: Envelope) -> tuple[dict, bytes]:
