@@ -108,7 +108,7 @@ class Federation:
         self._lock.release()
 
     def start_superlink(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it, wait until it answers, and tell it whose keys are good."""
         secure = self.security and f'root-certificates = "{self.security}/ca.crt"'
         connection = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{self.port}"\n'
         (self.home / "config.toml").write_text(connection + (secure or "insecure = true") + "\n")
@@ -125,6 +125,8 @@ class Federation:
             if self.running["superlink"].poll() is not None or time.monotonic() > deadline:
                 raise ClientFailure(f"the superlink did not start; see {self.home}/superlink.log")
             time.sleep(0.2)
+        for client in range(self.clients if self.security else 0):
+            self.flwr("supernode", "register", str(self.security / f"client_{client}.pub"), "own")
 
     def start_node(self, client: int) -> None:
         """Start the supernode of a client, with nothing but its number, its own folder, and what `node` adds."""

@@ -2,25 +2,17 @@
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import csv_without_seconds, environment, names, tiny_config
+from conftest import csv_without_seconds, names, tiny_config
 
 from feddip_lite import run
 from feddip_lite.failures import ClientFailure
 from feddip_lite.federation import deal
 from feddip_lite.layout import sha256_of
 from feddip_lite.results import read_run
-
-
-def test_a_run_in_one_process_knows_nothing_of_flower():
-    code = "import sys, feddip_lite.__main__, feddip_lite.flower_run; sys.exit('flwr' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
-
 
 flwr = pytest.importorskip("flwr", reason="the extra feddip-lite[flower] is not installed (make flower)")
 
