@@ -14,7 +14,7 @@ from pathlib import Path
 
 from feddip_lite import Config
 from feddip_lite.failures import ClientFailure
-from feddip_lite.flower_parity import side_by_side
+from feddip_lite.flower_parity import HERE, same_bits, shown, side_by_side
 from feddip_lite.flower_run import ENGINES
 
 SMALL = {"width": 0.3, "rounds": 3, "clients": 3, "clients_per_round": 2, "local_epochs": 1, "workers": 1}
@@ -31,15 +31,13 @@ def main() -> int:
     shutil.rmtree(given.folder, ignore_errors=True)
     configs = [Config(method=method, device="cpu", **SMALL, **METHODS[method]) for method in given.methods]
     try:
-        table = side_by_side(configs, given.folder, given.engines)
+        table = side_by_side(configs, given.folder, (HERE, *given.engines))
     except (ClientFailure, ValueError) as error:
         print(f"tools/flower.py: {error}", file=sys.stderr)
         return 1
-    short = {name: str for name in table.columns}
-    print(table.astype(short).map(lambda text: text[:12]).to_string(index=False))
-    same = table.drop(columns="engine").drop_duplicates()
-    print(f"{len(same)} of {len(configs)} methods: the same bits" if len(same) == len(configs) else "they differ")
-    return int(len(same) != len(configs))
+    print(shown(table))
+    print(f"{len(configs)} methods: {'the same bits' if same_bits(table) else 'NOT the same bits'}")
+    return int(not same_bits(table))
 
 
 if __name__ == "__main__":
