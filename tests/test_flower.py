@@ -316,7 +316,7 @@ def test_a_served_run_is_recorded_as_in_one_process(method, tmp_path):
     assert csv_without_seconds(tmp_path / "there" / name) == csv_without_seconds(tmp_path / "here" / name)
     states = [read_run(tmp_path / place, config.run_id)[1]["provenance"]["state_sha256"] for place in ("there", "here")]
     assert states[0] == states[1] and bool(states[0]["clients"]) == (method == "feddst")
-    assert names(tmp_path / "there") == [name, f"{config.run_id}.json", "outcome.json"]
+    assert names(tmp_path / "there") == [*names(tmp_path / "here"), "outcome.json"]
 
 
 def test_the_outcome_names_failures_and_bad_input(tmp_path):
