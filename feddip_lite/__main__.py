@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from .results import read_run
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +112,7 @@ def _run(given: argparse.Namespace, every: int | None) -> int:
     if given.on != "here":
         from .flower_run import launch  # only here, so that a run in one process knows nothing of Flower
 
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that `launch` ends what it has started
         launch(config, given.results, given.on, checkpoint_every=every or 1)
     history = run(config, results_dir=given.results, checkpoint_every=every, progress=not given.quiet)
     print(

@@ -72,6 +72,29 @@ def home(tmp_path, monkeypatch):
     return home
 
 
+COMMAND = """
+import sys
+from feddip_lite import flower_run
+from feddip_lite.__main__ import main
+flower_run._program = lambda name: f"{sys.argv[1]}/bin/{name}"
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("how, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_asked_to_end_leaves_nothing(how, status, home, tmp_path):
+    (home / "story").write_text("never ends")
+    words = ["run", *flags(), "--quiet", "--on", "simulation", "--results", str(home.parent)]
+    command = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path), *words], env=environment())
+    deadline = time.monotonic() + 60
+    while not (home / "settings.toml").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    command.send_signal(how)
+    assert command.wait(60) == status
+    assert not any(alive(int(pid)) for pid in (home / "pids").read_text().split())
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
