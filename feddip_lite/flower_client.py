@@ -83,11 +83,22 @@ def _trained(envelope: Envelope, context: Context) -> RecordDict:
 def _site_of(context: Context):
     """(configuration, this client's number, `prepare` for it)."""
     client, (data, folder) = typed(context.node_config, "partition-id", int), _source_of(context)
-    own = client if data or folder else None
-    config, prepared = _site(typed(context.run_config, "config", str), own, data, folder)
+    text = typed(context.run_config, "config", str)
+    config = _config_of(text)
     if not 0 <= client < config.clients:
         raise ValueError(f"partition-id: {client} is not valid; expected an integer in [0, {config.clients - 1}]")
-    return config, client, prepared
+    return config, client, _prepared(text, client if data or folder else None, data, folder)
+
+
+def _config_of(text: str) -> Config:
+    return replace(Config.from_dict(json.loads(text)).resolved(), workers=1)  # one client at a time
+
+
+@lru_cache(maxsize=1)  # a process that serves many messages (simulation) prepares once
+def _prepared(text: str, client: int | None, data: str, folder: str):
+    if client is None:
+        return prepare(_config_of(text))
+    return prepare(_config_of(text), partial(own_data, client=client, data=data, folder=folder))
 
 
 def _source_of(context: Context) -> tuple[str, str]:
@@ -98,14 +109,6 @@ def memories_of(context: Context) -> Path:
     """Where this node keeps memories: the node configuration's `memories`, else a folder in Flower's home."""
     home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
     return Path(context.node_config.get("memories") or home / "memories")
-
-
-@lru_cache(maxsize=1)  # a process that serves many messages (simulation) prepares once
-def _site(text: str, client: int | None, data: str, folder: str):
-    config = replace(Config.from_dict(json.loads(text)).resolved(), workers=1)  # one client at a time
-    if client is None:
-        return config, prepare(config)
-    return config, prepare(config, partial(own_data, client=client, data=data, folder=folder))
 
 
 def own_data(config: Config, client: int, data: str, folder: str) -> tuple[Dataset, Split, np.ndarray]:

@@ -12,6 +12,7 @@ from feddip_lite import run
 from feddip_lite.failures import ClientFailure
 from feddip_lite.federation import deal
 from feddip_lite.layout import sha256_of
+from feddip_lite.methods import METHODS
 from feddip_lite.results import read_run
 
 flwr = pytest.importorskip("flwr", reason="the extra feddip-lite[flower] is not installed (make flower)")
@@ -22,8 +23,8 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from feddip_lite import flower, flower_client  # noqa: E402
 from feddip_lite.flower_link import TOKEN, Unreachable, token_of  # noqa: E402
 
-METHODS = {"fedavg": {}, "feddip": {}, "feddst": {"preset": "repo", "mask_interval": 1}}
-FEDDST = {"method": "feddst", **METHODS["feddst"]}
+THREE = {"fedavg": {}, "feddip": {}, "feddst": {"preset": "repo", "mask_interval": 1}}
+FEDDST = {"method": "feddst", **THREE["feddst"]}
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +38,9 @@ def same(one, other) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("weights", "buffers", "mask"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", THREE)
 def test_the_same_bits_as_in_one_process(method, tmp_path):
-    config = tiny_config(method=method, **METHODS[method])
+    config = tiny_config(method=method, **THREE[method])
     expected, records = finished(config, here)
     found, found_records = finished(config, over(Grid(config, tmp_path)))
     assert same(expected.state, found.state)
@@ -47,6 +48,13 @@ def test_the_same_bits_as_in_one_process(method, tmp_path):
     assert bool(expected.memories) == (method == "feddst")
     digests = {client: sha256_of(memory) for client, memory in expected.memories.items()}
     assert {client: token_of(memory).partition("-")[2] for client, memory in found.memories.items()} == digests
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_runs_unchanged(method, tmp_path):
+    config = tiny_config(method=method, rounds=2, clients=3, clients_per_round=2)
+    (expected, records), (found, found_records) = finished(config, here), finished(config, over(Grid(config, tmp_path)))
+    assert same(expected.state, found.state) and repr(found_records) == repr(records)
 
 
 def test_the_byte_columns_are_the_bytes_that_travelled(tmp_path):
@@ -161,6 +169,19 @@ WRONG = {
 }
 
 
+def test_a_node_says_what_data_it_has(tmp_path):
+    config = tiny_config(clients=3, width=0.1)
+    said = []
+
+    def spoil(client, kind, words, payload):
+        said.append((words["client"], words["samples"], words["data"], words["split"]))
+        return words, payload
+
+    start(config, over(Grid(config, tmp_path, spoil=spoil)))
+    data, split, _ = deal(config)
+    assert sorted(said) == [(client, 479, data.sha256, split.sha256) for client in range(3)]
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_a_node_that_does_not_belong_is_refused_before_the_first_round(what, tmp_path):
     changes, reason = WRONG[what]
@@ -217,12 +238,14 @@ def test_a_server_that_resumes_further_back_is_refused(tmp_path):
         advance()
 
 
-def test_a_damaged_memory_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "another's"])
+def test_a_damaged_memory_is_refused(damage, tmp_path):
     config = tiny_config(**FEDDST, clients=3, width=0.1)
     _, advance = start(config, over(Grid(config, tmp_path)))
     advance()
     (path,) = tmp_path.glob("client 2/*/*/*.memory")
-    path.write_bytes(path.read_bytes()[:-1])
+    (other,) = tmp_path.glob("client 1/*/*/*.memory")
+    path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else other.read_bytes())
     with pytest.raises(ClientFailure, match=r"client 2: .*damaged \(SHA-256 does not match\)"):
         advance()
 
@@ -309,7 +332,7 @@ def served(folder, grid, **changes):
 
 @pytest.mark.parametrize("method", ["feddip", "feddst"])
 def test_a_served_run_is_recorded_as_in_one_process(method, tmp_path):
-    config = tiny_config(method=method, **METHODS[method])
+    config = tiny_config(method=method, **THREE[method])
     assert served(tmp_path / "there", Grid(config, tmp_path)) == {"status": 0, "line": ""}
     run(config, results_dir=tmp_path / "here", progress=False)
     name = f"{config.run_id}.csv"
