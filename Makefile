@@ -47,7 +47,7 @@ doctor: $(READY) ## versions, GPU, data and disk; one line per fault
 
 test: $(READY)   ## the tests, then every notebook with its quick profile
 	MPLBACKEND=Agg $(PY) -m pytest tests
-	$(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(PY) -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 reproduce: $(READY) ## run all notebooks into build/$(PROFILE)/ and write one HTML report
 	$(PY) tools/reproduce.py --profile $(PROFILE)

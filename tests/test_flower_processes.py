@@ -60,6 +60,8 @@ def test_each_kind_of_failure_is_the_policys_to_judge_and_never_hangs(tmp_path, 
         assert "MemoryError: no room" in reasons[1] and "checksum" in reasons[2]
         assert "Flower's error" in reasons[3] or "no reply" in reasons[3]
         assert "no reply" in reasons[4]
+        federation.end("client_4", signal.SIGKILL)  # it sleeps for an hour
+        federation.start_node(4)
         strict = replace(config, on_client_failure="abort")
         with pytest.raises(ClientFailure, match="round 0, client 1: Refused: MemoryError: no room"):
             federation.wait(federation.submit(strict, tmp_path / "abort", reply_timeout=REPLY_SECONDS), 600)
