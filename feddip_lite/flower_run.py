@@ -90,6 +90,7 @@ class Federation:
                 f"{self.home}: another federation is running in this folder; wait, or use another"
             ) from None
         try:
+            (self.home / "superlink.db").unlink(missing_ok=True)
             self.start_superlink()
             if self.engine == "simulation":
                 size = ("--num-supernodes", str(self.clients), "--client-resources-num-cpus", "1")
@@ -112,7 +113,8 @@ class Federation:
         secure = self.security and f'root-certificates = "{self.security}/ca.crt"'
         connection = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{self.port}"\n'
         (self.home / "config.toml").write_text(connection + (secure or "insecure = true") + "\n")
-        kind = ["--simulation"] if self.engine == "simulation" else []
+        # A superlink that forgets its nodes when it is restarted sends them away, and they end.
+        kind = ["--simulation"] if self.engine == "simulation" else ["--database", str(self.home / "superlink.db")]
         if self.security:
             files = {"ssl-ca-certfile": "ca.crt", "ssl-certfile": "server.pem", "ssl-keyfile": "server.key"}
             kind += ["--enable-supernode-auth"]
