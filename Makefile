@@ -9,6 +9,7 @@ CONSTRAINTS ?= constraints.txt
 PY        := .venv/bin/python
 READY     := .venv/.ready
 LAB       := .venv/.lab
+FLOWER    := .venv/.flower
 INSTALL   := $(PY) -m uv pip install --python $(PY) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
              $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
@@ -30,7 +31,8 @@ export CUDA_CACHE_PATH     := $(STATE)/cuda
 .DEFAULT_GOAL := help
 # Each target uses all cores by itself; side by side they would only disturb one another (and share one environment).
 .NOTPARALLEL:
-.PHONY: help setup doctor test reproduce figures sweep compare test-slow bench lint lab clean clean-env
+.PHONY: help setup doctor test reproduce figures sweep compare test-slow flower flower-test bench lint lab \
+        clean clean-env
 
 help:       ## show this list
 	@sed -n 's/^\([a-z-]*\): *[^#]*## */\1|/p' $(firstword $(MAKEFILE_LIST)) \
@@ -45,7 +47,7 @@ doctor: $(READY) ## versions, GPU, data and disk; one line per fault
 
 test: $(READY)   ## the tests, then every notebook with its quick profile
 	MPLBACKEND=Agg $(PY) -m pytest tests
-	$(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(PY) -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 reproduce: $(READY) ## run all notebooks into build/$(PROFILE)/ and write one HTML report
 	$(PY) tools/reproduce.py --profile $(PROFILE)
@@ -61,6 +63,13 @@ compare: $(READY) ## does each run in $(RESULTS) fall inside the interval record
 
 test-slow: $(READY) ## the long tests
 	MPLBACKEND=Agg $(PY) -m pytest -m slow tests
+
+flower: $(FLOWER) ## the same rounds in one process and on Flower, simulated and deployed here: the same bits?
+	$(PY) tools/flower.py --folder build/flower
+
+flower-test: $(FLOWER) ## all tests of the federation on Flower, with real processes
+	MPLBACKEND=Agg $(PY) -m pytest -m "slow or not slow" tests/test_flower.py tests/test_flower_run.py \
+	  tests/test_flower_processes.py
 
 bench: $(READY)  ## time the engine against stock operators
 	$(PY) benchmarks/engine.py
@@ -93,4 +102,8 @@ $(READY): pyproject.toml $(wildcard constraints.txt)
 
 $(LAB): $(READY)
 	$(INSTALL) -e ".[dev,lab]"
+	@touch $@
+
+$(FLOWER): $(READY)
+	$(INSTALL) -e ".[dev,flower]"
 	@touch $@

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 
 from . import doctor
@@ -20,6 +22,7 @@ from .results import read_run
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +57,10 @@ def parser() -> Parser:
             _flag(item.name), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
             help=f"{item.metadata['doc']}: {item.metadata['check'].expected} (default {default})".replace("%", "%%"),
         )  # fmt: skip
+    one.add_argument(
+        "--on", default="here", metavar="ENGINE",
+        help="where clients are: here, or on Flower (simulation, deployment), with the extra feddip-lite[flower]",
+    )  # fmt: skip
     many = commands.add_parser("sweep", help="a queue of runs, params/*.yaml; resumable", allow_abbrev=False)
     many.add_argument("profile", help="a file such as params/lite.yaml")
     many.add_argument("--time-limit", metavar="SECONDS", help="stop after this time, keeping what was done")
@@ -70,27 +77,43 @@ def parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (a run failed, doctor found faults), 2 (bad input), 130."""
+    status, line = guarded(lambda: _command(arguments))
+    if line:
+        print(f"python -m feddip_lite: {line}", file=sys.stderr)
+    return status
+
+
+def guarded(work: Callable[[], int]) -> tuple[int, str]:
+    """(exit status, one line that says what failed, or nothing): `work()`, or what its exception means."""
     try:
-        given = parser().parse_args(arguments)
-        if given.command == "doctor":
-            return doctor.main()
-        every = None if given.checkpoint_every is None else _positive("--checkpoint-every", given.checkpoint_every, int)
-        if given.command == "run":
-            return _run(given, every)
-        return _sweep(given, every)
+        return work(), ""
     except (ClientFailure, Diverged) as error:
-        return _say(error, FAILED)
+        status, message = FAILED, error
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        return _say(error, BAD_INPUT)
+        status, message = BAD_INPUT, error
     except OSError as error:
-        return _say(error, FAILED)
+        status, message = FAILED, error
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        status, message = INTERRUPTED, "interrupted; the same command goes on from the last checkpoint"
+    return status, " ".join(str(message).split())
+
+
+def _command(arguments: list[str] | None) -> int:
+    given = parser().parse_args(arguments)
+    if given.command == "doctor":
+        return doctor.main()
+    every = None if given.checkpoint_every is None else _positive("--checkpoint-every", given.checkpoint_every, int)
+    return _run(given, every) if given.command == "run" else _sweep(given, every)
 
 
 def _run(given: argparse.Namespace, every: int | None) -> int:
     values = {item.name: _value(getattr(given, item.name)) for item in fields(Config) if hasattr(given, item.name)}
     config = Config.from_dict(values)
+    if given.on != "here":
+        from .flower_run import launch  # only here, so that a run in one process knows nothing of Flower
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that `launch` ends what it has started
+        launch(config, given.results, given.on, checkpoint_every=every or 1)
     history = run(config, results_dir=given.results, checkpoint_every=every, progress=not given.quiet)
     print(
         f"{given.results}/{config.run_id}.csv: accuracy {history['accuracy'].iloc[-1]:.4f} after {config.rounds} rounds"
@@ -143,11 +166,6 @@ def _positive(name: str, text: str, kind: type):
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _say(message: object, status: int) -> int:
-    print(f"python -m feddip_lite: {' '.join(str(message).split())}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

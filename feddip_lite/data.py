@@ -4,9 +4,11 @@ How files are found, read and refused is in `datafiles.py`; how samples are shar
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -102,16 +104,20 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
     if name not in DATASETS:
         known = ", ".join(DATASETS)
         raise ValueError(f"dataset: {name!r} is not valid; expected one of {known}{nearest(name, DATASETS)}")
-    fixed = DATASETS[name]
     folder = Path(root or os.environ.get("FEDDIP_DATA") or "data")
-    arrays, sha256, variant = read_arrays(name, folder, fixed["classes"])
+    arrays, sha256, variant = read_arrays(name, folder, DATASETS[name]["classes"])
+    source = f"{_TITLES[name]}: {_SOURCES.get(f'{name} {variant}') or _SOURCES[variant]}"
+    return dataset_of(name, arrays, source, sha256, variant)
+
+
+def dataset_of(name: str, arrays: Mapping[str, np.ndarray], source: str, sha256: str, variant: str) -> Dataset:
+    """The arrays `datafiles.KEYS` (images uint8, (N, H, W) or (N, H, W, 3)) with what data set `name` is scaled by."""
     tensors = {}
     for part in ("train", "test"):
         images = torch.from_numpy(arrays[f"{part}_images"])
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         tensors |= {f"{part}_images": images, f"{part}_labels": torch.from_numpy(arrays[f"{part}_labels"]).long()}
-    source = f"{_TITLES[name]}: {_SOURCES.get(f'{name} {variant}') or _SOURCES[variant]}"
-    return Dataset(name=name, **tensors, **fixed, source=source, sha256=sha256, variant=variant)
+    return Dataset(name=name, **tensors, **DATASETS[name], source=source, sha256=sha256, variant=variant)
 
 
 def as_published(dataset: Dataset) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
 from .failures import ClientFailure
 from .federation import prepare
-from .layout import Layout
+from .layout import Layout, sha256_of
 from .methods import Method
 from .plan import Diverged
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
@@ -58,24 +58,28 @@ def execute(
     checkpoint_every: int | None,
     progress: bool | tqdm,
     deadline: float = math.inf,
+    connect: Callable[[Clients, Method, Config], Clients] = lambda clients, *_: clients,
+    suffix: str = "checkpoint",
 ) -> pd.DataFrame:
     """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint.
 
     At least one round is done, so that repeated calls come to an end. `progress` may be the bar of a whole sweep.
+    `connect` gives clients that are elsewhere than in this process; their checkpoints have another `suffix`.
     """
     config = config.resolved()
     if results_dir is None:
         state, clients, method = prepare(config)
-        last = _train(Progress(state), clients, method, config, progress)
+        last = _train(Progress(state), connect(clients, method, config), method, config, progress)
         return history_of(last, config)
     folder = Path(results_dir)
-    path = folder / f"{config.run_id}.checkpoint"
+    path = folder / f"{config.run_id}.{suffix}"
     if (stored := read_run(folder, config.run_id)) and not path.exists():
         return stored[0]
     state, clients, method = prepare(config)  # bad input shows here, before anything is written
     with run_lock(folder, config.run_id):
         if not read_run(folder, config.run_id):  # else by another process, while this one waited, or was killed
             start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
+            clients = connect(clients, method, config)
             last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
             facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, last))
             left = {"layers": layers_of(method.layout, last.state), "mask": last.state.mask}
@@ -183,11 +187,16 @@ def history_of(progress: Progress, config: Config) -> pd.DataFrame:
 
 def facts_of(clients: Clients, config: Config, progress: Progress) -> dict:
     """What a run's provenance says beyond versions and hardware."""
-    data = clients.data
+    data, state = clients.data, progress.state
     return {
         "precision": config.precision,
         "data": {"source": data.source, "variant": data.variant, "sha256": data.sha256},
-        "split_sha256": clients.split_sha256,
+        **clients.facts(),
+        "state_sha256": {
+            **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},
+            "memory": sha256_of(state.memory),
+            "clients": {client: clients.digest(memory) for client, memory in sorted(progress.memories.items())},
+        },
         "wall_seconds": progress.wall_seconds,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -31,8 +32,21 @@ from .server import Clients, ServerState, initial_state
 from .workers import Workers, keep_freed_memory, num_workers
 
 
-def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
+def deal(config: Config) -> tuple[Dataset, Split, np.ndarray]:
+    """The configuration's data set, who holds which of its samples, and which of them the server keeps."""
+    data = load_dataset(config.dataset)
+    if config.validation:
+        data = hold_out(data, config.validation, torch_generator(config.seed, "validation"))
+    return data, split_of(data, config), reference_of(data, config)
+
+
+def prepare(
+    config: Config, deal: Callable[[Config], tuple[Dataset, Split, np.ndarray]] = deal
+) -> tuple[ServerState, Clients, Method]:
     """What `run_round` needs: the state before round 0, the clients with their data, and the method.
+
+    Args:
+        deal: where data comes from; a client with data of its own has another source than the default.
 
     Raises:
         ValueError: the data is damaged, or cannot be dealt as the configuration says, or there is no such device.
@@ -42,14 +56,11 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
     device = _device(config)
     keep_freed_memory()
     options = config.method_options
-    data = load_dataset(config.dataset)
+    data, split, kept = deal(config)
     if options.get("normalisation") == "published":
         data = as_published(data)
-    if config.validation:
-        data = hold_out(data, config.validation, torch_generator(config.seed, "validation"))
     if config.model in INPUT_SHAPES:
         data = fit_images(data, *INPUT_SHAPES[config.model])
-    split = split_of(data, config)
     channels, size = data.train_images.shape[1:3]
     shape = {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
 
@@ -68,7 +79,7 @@ def prepare(config: Config) -> tuple[ServerState, Clients, Method]:
         return model
 
     layout = layout_of(build(), config, (channels, size, size))
-    reference = torch.from_numpy(reference_of(data, config))
+    reference = torch.from_numpy(kept)
     images = normalise(data.train_images[reference], data).to(device)
     context = Context(scratch, num_stages(config.model), images, data.train_labels[reference].to(device))
     method = build_method(config, layout, context)

@@ -7,6 +7,7 @@ that a masked model is one multiplication and an SGD step two vector operations.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -199,3 +200,12 @@ def _place(tensors: list[tuple[str, tuple[int, ...]]], uses: Mapping[str, int]) 
         slots.append(Slot(name, shape, start, start + prod(shape), uses.get(name, 1)))
         start += prod(shape)
     return tuple(slots)
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of named tensors: hex digest over name, dtype, shape and bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from scipy import stats
 from torch import Tensor
 
 from . import __version__
@@ -216,6 +215,8 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
 
 def interval(values) -> tuple[float, float]:
     """(mean, half width of the 95 % Student t interval of the mean) over seeds; the width is NaN for n < 3."""
+    from scipy import stats  # takes a second to import, which a client on Flower pays with every message
+
     values = np.asarray(values, dtype=float)
     if len(values) < 3:
         return float(values.mean()), float("nan")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from .config import Config
 from .data import Dataset
 from .failures import collect, merge
-from .layout import FlatModel
+from .layout import FlatModel, sha256_of
 from .local import evaluate, local_update, see_test_images
 from .message import Message, num_bytes
 from .methods import Method
@@ -63,6 +64,21 @@ class Clients:
     split_sha256: str = ""
     memories: Mapping[int, Memory] = field(default_factory=dict)
 
+    def deliver(self, method: Method, offers: Mapping[int, Message], config: Config, t: int) -> dict[int, Future]:
+        """Hand every offer to its client. Returns what each makes of it: a future (reply, memory, result)."""
+        submit = self.workers.submit
+        return {
+            client: submit(train_client, method, offer, self, config, t, client) for client, offer in offers.items()
+        }
+
+    def facts(self) -> dict:
+        """What a run's provenance says of these clients."""
+        return {"split_sha256": self.split_sha256}
+
+    def digest(self, memory: Memory) -> str:
+        """Checksum of a client's memory."""
+        return sha256_of(memory)
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -100,10 +116,7 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     """
     t = state.round
     offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
-    futures = {
-        client: clients.workers.submit(train_client, method, offer, clients, config, t, client)
-        for client, offer in offers.items()
-    }
+    futures = clients.deliver(method, offers, config, t)
     replies, memories, skipped = collect(futures, clients.workers, state, config)
     new, replies = merge(method, state, replies, skipped, config)
     samples = samples_of(replies)

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch"}  # all other names are the same on conda-forge
-TARGETS = "setup doctor test reproduce figures sweep compare test-slow bench lint lab clean".split()
+TARGETS = "setup doctor test reproduce figures sweep compare test-slow flower flower-test bench lint lab clean".split()
 
 
 def tool(name):

@@ -1,0 +1,64 @@
+"""What Flower costs: seconds per round in one process and on its simulation, for messages of LeNet-5 and AlexNet.
+
+    python benchmarks/flower.py [--models lenet5 alexnet] [--rounds 20] [--clients 50] [--write]
+
+FedAvg on digits, dense messages both ways, five clients per round with one local step each: what is compared is the
+engine, not training. `--write` records benchmarks/flower_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from feddip_lite import Config
+from feddip_lite.engine import run
+from feddip_lite.flower_parity import HERE
+from feddip_lite.flower_run import Federation
+from feddip_lite.results import plain, provenance, read_run
+
+PLACES = (HERE, "simulation")
+SETTINGS = {"method": "fedavg", "dataset": "digits", "clients_per_round": 5, "local_epochs": 1, "device": "cpu"}
+
+
+def measure(config: Config, place: str, folder: Path) -> dict:
+    """Seconds per round after the first (which starts the clients' processes), and bytes of a message each way."""
+    if place == HERE:
+        run(config, results_dir=folder, progress=False)
+    else:
+        with Federation(folder / ".flower", config.clients, place) as federation:
+            federation.wait(federation.submit(config, folder, checkpoint_every=config.rounds), 3600)
+    history, _ = read_run(folder, config.run_id)
+    seconds = history["seconds"][1:]
+    sent = {name: int(history[name].iloc[-1]) // config.clients_per_round for name in ("up_bytes", "down_bytes")}
+    spread = {"median": float(seconds.median()), "min": float(seconds.min()), "max": float(seconds.max())}
+    return {"model": config.model, "place": place, "rounds": config.rounds, "seconds": spread, **sent}
+
+
+def main() -> None:
+    """Measure each model in each place, print and record the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["lenet5", "alexnet"])
+    parser.add_argument("--rounds", type=int, default=20, help="at least 2")
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--write", action="store_true", help="record benchmarks/flower_cpu.json")
+    given = parser.parse_args()
+    rows = []
+    for model in given.models:
+        config = Config(model=model, rounds=given.rounds, clients=given.clients, **SETTINGS)
+        for place in PLACES:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(config, place, Path(folder)))
+            print(json.dumps(rows[-1]), flush=True)
+    facts = provenance(torch.device("cpu"), torch.get_num_threads(), clients=given.clients)
+    if given.write:
+        text = json.dumps(plain({"rows": rows, "provenance": facts}), indent=1)
+        (Path(__file__).parent / "flower_cpu.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

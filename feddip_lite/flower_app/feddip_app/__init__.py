@@ -1,0 +1,1 @@
+"""FedDIP and its relatives as a Flower app; all of it is in the package `feddip_lite`."""

@@ -1,0 +1,44 @@
+"""The same three rounds three ways: in one process, on Flower's simulation, on its deployment (make flower).
+
+    python tools/flower.py [--engines simulation deployment] [--folder build/flower]
+
+Prints what came out of each; exit status 1 if any two differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from feddip_lite import Config
+from feddip_lite.failures import ClientFailure
+from feddip_lite.flower_parity import HERE, same_bits, shown, side_by_side
+from feddip_lite.flower_run import ENGINES
+
+SMALL = {"width": 0.3, "rounds": 3, "clients": 3, "clients_per_round": 2, "local_epochs": 1, "workers": 1}
+METHODS = {"fedavg": {}, "feddip": {"mask_interval": 1}, "feddst": {"preset": "repo", "mask_interval": 1}}
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--folder", type=Path, default=Path("build/flower"))
+    given = parser.parse_args()
+    shutil.rmtree(given.folder, ignore_errors=True)
+    configs = [Config(method=method, device="cpu", **SMALL, **METHODS[method]) for method in given.methods]
+    try:
+        table = side_by_side(configs, given.folder, (HERE, *given.engines))
+    except (ClientFailure, ValueError) as error:
+        print(f"tools/flower.py: {error}", file=sys.stderr)
+        return 1
+    print(shown(table))
+    print(f"{len(configs)} methods: {'the same bits' if same_bits(table) else 'NOT the same bits'}")
+    return int(not same_bits(table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
