@@ -10,7 +10,8 @@ import pandas as pd
 import yaml
 
 from .cost_report import judged_clients
-from .experiments import main_runs, splits
+from .experiments import main_runs, recorded, splits
+from .extremes import sparsity_sweep
 from .report import quantity
 from .results import HEADLINE_ROWS, headline, interval
 
@@ -20,7 +21,8 @@ RULE = (
     "lies wholly on the good side of its threshold. Reproduced: in every partition; partly: in some; not reproduced: "
     "in none, which does not say that the opposite was shown. Fewer than three seeds: the values, no verdict. Not "
     "tested at this scale: no recorded run measures it yet. For time and memory, a model stands for a partition and a "
-    "repetition for a seed. ‡ This rule was written down when its runs were known."
+    "repetition for a seed; where sparsities are compared, each stands for a partition. ‡ This rule was written down "
+    "when its runs were known."
 )
 
 
@@ -30,7 +32,11 @@ def claims_table(folder: Path, path: Path, up: str) -> str:
     document = yaml.safe_load(path.read_text())
     setting = document["setting"]
     runs = main_runs(setting["profile"], folder).get(setting["runs"], pd.DataFrame(columns=["split", "run_id"]))
-    sources = {"runs": summaries(runs), "cost_cpu": judged_clients(folder.parent / "benchmarks")}
+    everything = recorded(setting["profile"], folder)
+    alike = everything[everything["setting"].isin(runs.get("setting", []))]  # ablations too
+    swept = everything[everything["model"].astype(str) + "_" + everything["dataset"].astype(str) == setting["runs"]]
+    sources = {"runs": summaries(alike), "sweep": by_sparsity(swept[swept["partition"] == "iid"])}
+    sources["cost_cpu"] = judged_clients(folder.parent / "benchmarks")
     lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, sources, up) for claim in document["claims"])]
     where = "".join(f"{words} (profile `{setting['profile']}`).\n\n" for words in runs.get("setting", [])[:1])
     return where + "\n".join([*lines, "", RULE])
@@ -81,6 +87,12 @@ def summaries(runs: pd.DataFrame) -> pd.DataFrame:
         chosen = run[(run["round"] > 0) & (run["round"] % pd.to_numeric(run["mask_interval"]) == 0)]
         rows.loc[run_id, "mask_overlap"] = chosen["mask_overlap"].mean()
     return rows
+
+
+def by_sparsity(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a sparsity sweep, one row each, with a target sparsity in the place of a partition."""
+    runs = sparsity_sweep(results)
+    return runs.assign(split=[f"s = {target:g}" for target in runs["target_sparsity"]])
 
 
 def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | list[float]) -> str:

@@ -1,6 +1,7 @@
 """Laws of verdicts: interval, side and threshold decide; partitions are counted; references are paired by seed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,8 @@ import pytest
 import yaml
 
 from feddip_lite.claims import claims_table, measured, summaries, verdict
-from feddip_lite.experiments import NAMES
-from feddip_lite.results import ROOT, headline
+from feddip_lite.experiments import NAMES, profile_queue
+from feddip_lite.results import COLUMNS, ROOT, headline, save_run
 
 TIGHT, WIDE = np.array([0.10, 0.11, 0.12]), np.array([-0.1, 0.1, 0.3])
 ROUNDS = 24
@@ -88,9 +89,24 @@ def test_without_results_nothing_is_claimed(tmp_path):
 def test_every_claim_names_known_methods_and_an_existing_notebook():
     for claim in yaml.safe_load((ROOT / "params" / "claims.yaml").read_text())["claims"]:
         measure = claim.get("measure", {})
-        assert {*measure.get("to", []), measure.get("of", "FedDIP")} <= set(NAMES.values())
+        names = {name.partition(" (")[0] for name in (*measure.get("to", []), measure.get("of", "FedDIP"))}
+        assert names <= set(NAMES.values())
         assert "notebook" not in claim or (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
         assert bool(measure) == ("good" in claim)
+
+
+def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
+    (config, *_) = profile_queue("lite", model="lenet5", method="feddip", preset="paper", seed=0)
+    for target, gain in ((0.9, 0.0), (0.99, 0.1)):
+        for seed in (0, 1, 2):
+            for method in ("feddp", "feddip"):
+                run = replace(config, method=method, seed=seed, target_sparsity=target).resolved()
+                accuracy = 0.5 + seed / 100 + gain * (method == "feddip")
+                table = pd.DataFrame({name: [0] for name in COLUMNS}).assign(accuracy=accuracy, local_accuracy=np.nan)
+                save_run(tmp_path / "lite", run, table, {}, [])
+    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml", "")
+    (row,) = (row for row in table.splitlines() if "extreme sparsities reachable" in row)
+    assert "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3) | partly |" in row
 
 
 def test_time_and_memory_are_judged_from_the_benchmark_and_never_from_a_rehearsal(tmp_path):
