@@ -201,10 +201,9 @@ class Link:
         return sent
 
     def answered(self, nodes: dict[str, int]) -> list[tuple[int, Envelope]]:
-        """The (node, answer) that are there by now, taken out of `nodes`. Others' answers are not looked at."""
+        """The (node, answer) that are there by now, taken out of `nodes`."""
         there = self.grid.pull_messages(list(nodes)) if nodes else []
-        numbers = [(answer.metadata.reply_to_message_id, answer) for answer in there]
-        return [(nodes.pop(number), answer) for number, answer in numbers if number in nodes]
+        return [(nodes.pop(answer.metadata.reply_to_message_id), answer) for answer in there]
 
 
 def _words_of(answer: Envelope) -> tuple[dict, bytes]:
