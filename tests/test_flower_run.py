@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import environment, flags, tiny_config
 
-from feddip_lite import flower_run
+from feddip_lite import Config, flower_run
 from feddip_lite.__main__ import main
 from feddip_lite.failures import ClientFailure
-from feddip_lite.flower_run import Federation, launch
+from feddip_lite.flower_run import APP, Federation, launch
+from feddip_lite.models import empty_model
 
 SUPERLINK = """
 import os, socket, subprocess, sys, time
@@ -56,6 +57,22 @@ def test_a_run_in_one_process_knows_nothing_of_flower():
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
 
 
+def test_the_app_has_the_files_of_a_flower_baseline_and_its_readme_the_defaults():
+    files = {path.name for path in (APP / "feddip_app").glob("*.py")}
+    names = ("client_app", "server_app", "strategy", "dataset", "model", "utils", "__init__")
+    assert files == {f"{name}.py" for name in names}
+    readme, usual = (APP / "README.md").read_text(), Config().resolved()
+    assert readme.startswith("---\ntitle:") and all(f"\n{key}: " in readme for key in ("url", "labels", "dataset"))
+    assert f"| {usual.clients}, {usual.clients_per_round} |" in readme
+    assert f"| {usual.rounds}, {usual.local_epochs}, {usual.batch_size} |" in readme
+    for title, (model, channels, size, classes) in {
+        "LeNet-5": ("lenet5", 1, 28, 10), "AlexNet": ("alexnet", 3, 32, 10), "ResNet-18": ("resnet18", 3, 32, 100)
+    }.items():  # fmt: skip
+        module = empty_model(model, None, classes=classes, width=1.0, channels=channels, size=size, device="meta")
+        count = sum(parameter.numel() for parameter in module.parameters())
+        assert f"| {title} | {count:,} |".replace(",", " ") in readme
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """The home of a federation whose programs are the scripts above."""
@@ -74,7 +91,7 @@ def home(tmp_path, monkeypatch):
 
 COMMAND = """
 import sys
-from feddip_lite import flower_run
+from feddip_lite import Config, flower_run
 from feddip_lite.__main__ import main
 flower_run._program = lambda name: f"{sys.argv[1]}/bin/{name}"
 sys.exit(main(sys.argv[2:]))

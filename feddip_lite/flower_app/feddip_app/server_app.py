@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from feddip_lite.flower import serve
+from .strategy import serve
 
 app = ServerApp()
 
