@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONUNBUFFERED": "1",
 }
+COLOURS = {"FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR"}  # a notebook's kernel asks for them, and has them in JSON
 START_SECONDS = 120.0  # for a superlink to answer
 ASK_SECONDS = 30.0  # between two questions to the superlink whether the run has ended
 GRACE_SECONDS = 10.0  # between asking a process to end and ending it
@@ -225,7 +226,8 @@ class Federation:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        return {**os.environ, **ENVIRONMENT, "PATH": path, "FLWR_HOME": str(self.home)}
+        inherited = {name: value for name, value in os.environ.items() if name not in COLOURS}
+        return {**inherited, **ENVIRONMENT, "PATH": path, "FLWR_HOME": str(self.home)}
 
 
 def free_port() -> int:

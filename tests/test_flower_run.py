@@ -145,12 +145,14 @@ def test_every_end_is_told_and_nothing_is_left(story, home):
     assert not any(map(alive, started))
 
 
-def test_flower_tells_nobody_installs_nothing_and_writes_nothing_at_home(home):
+def test_flower_tells_nobody_installs_nothing_and_writes_nothing_at_home(home, monkeypatch):
+    for name in flower_run.COLOURS:
+        monkeypatch.setenv(name, "1")
     (home / "story").write_text("fails")
     with pytest.raises(ClientFailure):
         launch(tiny_config(clients=3), home.parent, "simulation")
     given = json.loads((home / "environment.json").read_text())
-    assert given["FLWR_HOME"] == str(home)
+    assert given["FLWR_HOME"] == str(home) and not given.keys() & flower_run.COLOURS
     assert (given["FLWR_TELEMETRY_ENABLED"], given["RAY_USAGE_STATS_ENABLED"]) == ("0", "0")
     assert (given["FLWR_DISABLE_UPDATE_CHECK"], given["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"]) == ("1", "1")
 
