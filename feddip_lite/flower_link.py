@@ -26,6 +26,7 @@ from .plan import Diverged
 from .server import Clients
 
 POLL_SECONDS = 0.1
+SPARE_SECONDS = 60.0  # for which Flower keeps a message that is waited for no more, so that it is we who say so
 _MEMBER = {"client": int, "samples": int, "data": str, "split": str}
 
 
@@ -196,7 +197,7 @@ class Link:
         """Send each node its content. Returns the messages' numbers, with the node of each."""
         sent = {}
         for node, content in contents.items():
-            envelope = Envelope(content, dst_node_id=node, message_type=kind, ttl=timeout)
+            envelope = Envelope(content, dst_node_id=node, message_type=kind, ttl=timeout + SPARE_SECONDS)
             sent |= {number: node for number in self.grid.push_messages([envelope]) if number}
         return sent
 
