@@ -36,7 +36,6 @@ COLUMNS = (
 INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown")
 
 _SEAL = b',\n "sha256": "'  # at the end of a record stands the SHA-256 of all before it
-
 METRICS = ("accuracy", "top5_accuracy", "loss", "local_accuracy")
 HEADLINE_ROWS = 10  # the headline value is the mean of the last ten evaluated rounds
 
@@ -116,16 +115,17 @@ def save_run(
 
 
 def save_table(folder: Path, config: Config, rows: pd.DataFrame, **facts) -> None:
-    """Write `<run_id>.csv`, then `<run_id>.json` with `facts`: its presence says that the run is complete."""
+    """Write `<run_id>.csv`, then `<run_id>.json` with `facts`, which says that the run is complete."""
     table = rows.to_csv(index=False, lineterminator="\n").encode()
     record = {"run_id": config.run_id, "config": asdict(config), **facts}
     record["csv_sha256"] = hashlib.sha256(table).hexdigest()
     text = json.dumps(plain(record), indent=1, allow_nan=False).removesuffix("\n}").encode()
     atomic_write(folder / f"{config.run_id}.csv", table)
-    atomic_write(folder / f"{config.run_id}.json", _sealed(text))
+    atomic_write(folder / f"{config.run_id}.json", sealed(text))
 
 
-def _sealed(text: bytes) -> bytes:
+def sealed(text: bytes) -> bytes:
+    """A record's JSON `text` up to its closing brace, and its SHA-256 as the last entry."""
     return text + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
 
 
@@ -141,7 +141,7 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     try:
         text = path.read_bytes()
         record = json.loads(text)
-        if text != _sealed(text.partition(_SEAL)[0]):
+        if text != sealed(text.partition(_SEAL)[0]):
             raise ValueError("not what was written")
         table = path.with_suffix(".csv").read_bytes()
         expected, own_id = record["csv_sha256"], record["run_id"]

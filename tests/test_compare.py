@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from feddip_lite.results import sealed
+
 SPEC = importlib.util.spec_from_file_location("compare", Path(__file__).parents[1] / "tools" / "compare.py")
 TOOL = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
@@ -21,9 +23,9 @@ def record(folder, accuracies, first_seed=0, **config):
         table = b"round,accuracy\n0,0.5\n"
         sha256 = hashlib.sha256(table).hexdigest()
         rest = {"final": final, "provenance": {}, "skipped": [], "csv_sha256": sha256}
-        text = json.dumps({"run_id": run_id, "config": run, **rest})
+        text = json.dumps({"run_id": run_id, "config": run, **rest}, indent=1).removesuffix("\n}").encode()
         (folder / f"{run_id}.csv").write_bytes(table)
-        (folder / f"{run_id}.json").write_text(text)
+        (folder / f"{run_id}.json").write_bytes(sealed(text))
 
 
 def compare(folder):

@@ -105,7 +105,8 @@ def test_resolved_fills_none_with_the_methods_own_values():
     assert (config.initial_sparsity, config.mask_interval, config.penalty_max) == (0.5, 5, 1e-3)
     assert config.method_options == {
         "erk": "shared", "mask_source": "dense_average", "server_memory": False, "upload": "dense",
-        "lambda_schedule": "eq3", "norm": "plain",
+        "lambda_schedule": "eq3", "norm": "plain", "bn_statistics": "masked", "test_leak": False,
+        "normalisation": "correct", "shortcuts": "dense",
     }  # fmt: skip
     assert Config(method="fedprox").resolved().method_options == {"mu": 0.01}
     assert Config(method="feddp").resolved().penalty_max is None  # it has none
@@ -115,7 +116,8 @@ def test_presets_flip_the_documented_options():
     repo, memory = (Config(preset=preset).resolved().method_options for preset in ("repo", "memory"))
     paper = Config().resolved().method_options
     assert {key: value for key, value in repo.items() if value != paper[key]} == {
-        "erk": "per_client", "mask_source": "masked_average", "lambda_schedule": "repo",
+        "erk": "per_client", "mask_source": "masked_average", "lambda_schedule": "repo", "bn_statistics": "dense",
+        "test_leak": True, "normalisation": "published",
     }  # fmt: skip
     assert {key: value for key, value in memory.items() if value != paper[key]} == {"server_memory": True}
 

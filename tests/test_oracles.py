@@ -53,8 +53,12 @@ def apply_masks(module: nn.Module, masks: dict) -> nn.Module:
     return masked
 
 
-def textbook_client(module, masks, images, labels, indices, config, t, client, penalty):
-    """One client's round: a masked deep copy for each batch lends its gradient to the dense module's SGD step."""
+def textbook_client(module, masks, images, labels, indices, config, t, client, penalty, test_images=None):
+    """One client's round: a masked deep copy for each batch lends its gradient to the dense module's SGD step.
+
+    BatchNorm sees what the masked copy sees; under `repo` what the dense module sees, test images last (D12, D13).
+    """
+    published = config.preset == "repo"
     lr = config.lr * config.lr_decay**t
     dense = copy.deepcopy(module).train()
     optimiser = torch.optim.SGD(dense.parameters(), lr=lr, weight_decay=config.weight_decay)
@@ -70,10 +74,17 @@ def textbook_client(module, masks, images, labels, indices, config, t, client, p
             (cross_entropy + penalty * sum(norms)).backward()
             for own, lent in zip(dense.parameters(), masked.parameters(), strict=True):
                 own.grad = lent.grad.clone()
+            if published:
+                with torch.no_grad():
+                    dense(images[batch])
+            else:
+                for own, seen in zip(dense.buffers(), masked.buffers(), strict=True):
+                    own.copy_(seen)
             optimiser.step()
-            for own, seen in zip(dense.buffers(), masked.buffers(), strict=True):
-                own.copy_(seen)  # BatchNorm statistics are those of the masked forward
             losses += [cross_entropy.item()] * len(batch)
+    with torch.no_grad():
+        for part in test_images.split(config.batch_size) if published else ():
+            dense(part)
     return dense, sum(losses) / len(losses)
 
 
@@ -127,7 +138,8 @@ def textbook_federation(config: Config, state, clients, method):
             if pruning and config.preset == "repo" and t == 0:
                 own = masks_of(method.erk_mask(derive(config.seed, "mask", t, client)), layout)
             shard = clients.train[client]
-            local, loss = textbook_client(sent, own, images, labels, shard, config, t, client, penalty)
+            tests = data.test_images[clients.test[client]].float() / data.scale
+            local, loss = textbook_client(sent, own, images, labels, shard, config, t, client, penalty, tests)
             locals_.append(local)
             sizes.append(len(shard))
             losses.append(loss)
