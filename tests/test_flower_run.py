@@ -1,6 +1,7 @@
 """Laws of the processes behind `--on`: an honest end, in time, with nothing left. Flower's programs are played by
 scripts, so that nothing of Flower is needed; test_flower_processes.py has the real ones."""
 
+import functools
 import json
 import os
 import signal
@@ -103,7 +104,9 @@ sys.exit(main(sys.argv[2:]))
 def test_a_command_that_is_asked_to_end_leaves_nothing(how, status, home, tmp_path):
     (home / "story").write_text("never ends")
     words = ["run", *flags(), "--quiet", "--on", "simulation", "--results", str(home.parent)]
-    command = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path), *words], env=environment())
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    program = [sys.executable, "-c", COMMAND, str(tmp_path), *words]
+    command = subprocess.Popen(program, env=environment(), preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not (home / "settings.toml").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
