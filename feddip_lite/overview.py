@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 
 import yaml
 
 from .methods import METHODS
 
+PLACE = {"one process": "in one process", "simulation": "on Flower's simulation"}
 DAGGER = "†"
 WHAT_D_PLUS_IS = (
     "**a** the published procedure, rebuilt from its description; **b** a careful PyTorch loop, one client after the "
@@ -69,6 +71,9 @@ def benchmark_section(folder: Path) -> str:
     path = folder / "masks_cpu.json"
     if path.exists():
         parts += [_masks(json.loads(path.read_text())["rows"])]
+    path = folder / "flower_cpu.json"
+    if path.exists():
+        parts += [_flower(json.loads(path.read_text()))]
     return "\n\n".join([*parts, WHAT_D_PLUS_IS] if parts else ["Nothing measured yet."])
 
 
@@ -109,6 +114,18 @@ def _growth(rows: list[dict]) -> str:
         f"LeNet-5 on Fashion-MNIST over {clients} clients: peak memory {peaks} MiB; start-up with "
         f"{by_clients[-1]['clients']} clients {by_clients[-1]['start_s']:.1f} s. Training costs {min(per_step):.2f} to "
         f"{max(per_step):.2f} ms a step, whether clients per round go from 5 to 20 or local epochs from 1 to 10."
+    )
+
+
+def _flower(record: dict) -> str:
+    """What a round costs on Flower's simulation, beside the same round in one process."""
+    said = []
+    for model, rows in groupby(record["rows"], lambda row: row["model"]):
+        seconds = " and ".join(f"{_spread(row['seconds'])} s {PLACE[row['place']]}" for row in rows)
+        said.append(f"{model} {seconds}")
+    return (
+        f"A round of FedAvg on digits, one local step per client, 5 of {record['provenance']['clients']} clients, takes: "
+        f"{'; '.join(said)} (median, minimum to maximum, after the first)."
     )
 
 
