@@ -38,4 +38,4 @@ def test_two_thousand_rounds_need_no_more_memory_and_no_more_time_at_their_end(t
     resident, seconds = rounds_of(tmp_path, MORE_ROUNDS, **settings)
     assert len(resident) == MORE_ROUNDS
     assert statistics.mean(resident[-WINDOW:]) < GROWTH * statistics.mean(resident[:WINDOW])
-    assert statistics.median(seconds[-WINDOW:]) < SLOWER * statistics.median(seconds[:WINDOW])
+    assert min(seconds[-WINDOW:]) < SLOWER * min(seconds[:WINDOW])  # the least: what runs beside it only adds
