@@ -90,12 +90,10 @@ def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFram
 
     They share the setting of the first run of that model and data set in the queue; ablations are left out.
     """
-    results, found, seen = recorded(profile, folder), {}, set()
+    results, found, first = recorded(profile, folder), {}, {}
     for config in profile_queue(profile):
-        name = f"{config.model}_{config.dataset}"
-        if name in seen:
-            continue
-        seen.add(name)
+        first.setdefault(f"{config.model}_{config.dataset}", config)
+    for name, config in first.items():
         settings = asdict(config.resolved())
         setting = _setting(pd.Series(settings | {"initial_lr": settings["lr"]}))
         alike = (results["setting"] == setting) & results["changed"].isin(FORMS)

@@ -124,8 +124,8 @@ def _flower(record: dict) -> str:
         seconds = " and ".join(f"{_spread(row['seconds'])} s {PLACE[row['place']]}" for row in rows)
         said.append(f"{model} {seconds}")
     return (
-        f"A round of FedAvg on digits, one local step per client, 5 of {record['provenance']['clients']} clients, takes: "
-        f"{'; '.join(said)} (median, minimum to maximum, after the first)."
+        f"A round of FedAvg on digits, one local step per client, 5 of {record['provenance']['clients']} clients, "
+        f"takes: {'; '.join(said)} (median, minimum to maximum, after the first)."
     )
 
 

@@ -194,6 +194,16 @@ def repeatable():
 
 
 @pytest.fixture
+def agg():
+    """Figures without a screen, closed afterwards."""
+    import matplotlib.pyplot as plt  # not for the many tests that draw nothing
+
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
 def remembering(monkeypatch) -> str:
     """The name of `Remembering`, known for the length of a test."""
     monkeypatch.setitem(METHODS, "remembering", Remembering)

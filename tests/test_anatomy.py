@@ -1,6 +1,5 @@
 """Laws of layers and masks: counts come back, ERK keeps the total, chance is what random masks do."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,8 @@ from feddip_lite.results import read_mask, read_run
 from feddip_lite.sparsity import jaccard
 
 TWO = {"rounds": 2, "clients": 3, "clients_per_round": 2, "local_epochs": 1}
+pytestmark = pytest.mark.usefixtures("agg")
+
 QUEUE = [tiny_config(method="feddip", seed=seed, target_sparsity=0.8, **TWO) for seed in (0, 1, 2)]
 QUEUE += [tiny_config(method="fedavg", target_sparsity=0.8, **TWO)]
 
@@ -48,7 +49,6 @@ def test_figure_and_table_show_the_mean_of_each_tensor(folder, runs):
     np.testing.assert_allclose([bar.get_height() for bar in panel.patches], means)
     np.testing.assert_allclose(panel.lines[0].get_ydata(), 100 * rows.groupby("layer", sort=False)["erk"].mean())
     assert [text.get_text() for text in panel.get_xticklabels()] == list(means.index)
-    plt.close("all")
     lines = layer_table(rows).splitlines()[2:]
     assert [line.split(" | ")[0][2:] for line in lines] == list(means.index)
     assert all(f"{mean:.1f} ± " in line for mean, line in zip(means, lines, strict=True))

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, replace
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,12 +38,7 @@ SHORT = {"clients": 12, "clients_per_round": 2, "rounds": 5, "eval_every": 2, "m
 THEORY = {"lr_schedule": "theory", "smoothness": 40.0}
 
 
-@pytest.fixture(autouse=True)
-def agg():
-    """Figures without a screen, closed afterwards."""
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("agg")
 
 
 # ---- following a run

@@ -2,7 +2,6 @@
 
 import json
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -34,12 +33,7 @@ from feddip_lite.schedules import sparsity_at
 TWO = {**FAST, "rounds": 2}
 
 
-@pytest.fixture(autouse=True)
-def agg():
-    """Figures without a screen, closed afterwards."""
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("agg")
 
 
 @pytest.fixture(scope="module")

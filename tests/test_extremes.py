@@ -12,6 +12,8 @@ from feddip_lite import Config, extremes
 from feddip_lite.experiments import describe
 from feddip_lite.extremes import ablation_table, ablations, gains, sparsity_sweep, sweep_reading, sweep_table
 
+pytestmark = pytest.mark.usefixtures("agg")
+
 
 def recorded_runs(runs):
     """Described runs of these (changes of the configuration, accuracy in every round)."""

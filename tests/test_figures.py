@@ -22,12 +22,7 @@ QUEUE += [tiny_config(preset="repo", **TWO), tiny_config(partition="pathological
 QUEUE += [tiny_config(method_options={"upload": "masked"}, **TWO), tiny_config(penalty_max=0.5, mask_interval=1, **TWO)]
 
 
-@pytest.fixture(autouse=True)
-def agg():
-    """Figures without a screen, closed afterwards."""
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("agg")
 
 
 @pytest.fixture(scope="module")
