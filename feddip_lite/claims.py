@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from . import merging
 from .cost_report import judged_clients
 from .experiments import main_runs, recorded, splits
 from .extremes import sparsity_sweep
@@ -36,6 +37,7 @@ def claims_table(folder: Path, path: Path, up: str) -> str:
     alike = everything[everything["setting"].isin(runs.get("setting", []))]  # ablations too
     swept = everything[everything["model"].astype(str) + "_" + everything["dataset"].astype(str) == setting["runs"]]
     sources = {"runs": summaries(alike), "sweep": by_sparsity(swept[swept["partition"] == "iid"])}
+    sources["merging"] = merging.per_run(recorded(f"merging/{setting['profile']}", folder))
     sources["cost_cpu"] = judged_clients(folder.parent / "benchmarks")
     lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, sources, up) for claim in document["claims"])]
     where = "".join(f"{words} (profile `{setting['profile']}`).\n\n" for words in runs.get("setting", [])[:1])

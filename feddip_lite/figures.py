@@ -41,13 +41,13 @@ STYLE = {
     "figure.dpi": 110, "lines.linewidth": 1.8, "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans",
 }  # fmt: skip
 AXES = {
-    "top5_accuracy": "top-5 accuracy, whole test set",
     "round": "round t", "mib": "transmitted MiB, up + down", "accuracy": "accuracy, whole test set",
-    "local_accuracy": "accuracy, mean over clients", "sparsity": "sparsity of prunable weights",
-    "penalty": r"penalty $\lambda_t$", "mask_overlap": "mask overlap (Jaccard)", "regrown": "weights regrown",
-    "pruning_error": r"pruning error, share of $\Vert w \Vert^2$", "loss": "cross-entropy, whole test set",
+    "top5_accuracy": "top-5 accuracy, whole test set", "local_accuracy": "accuracy, mean over clients",
+    "sparsity": "sparsity of prunable weights", "penalty": r"penalty $\lambda_t$", "regrown": "weights regrown",
+    "mask_overlap": "mask overlap (Jaccard)", "loss": "cross-entropy, whole test set",
+    "pruning_error": r"pruning error, share of $\Vert w \Vert^2$", "alignment": "alignment of clients' moves",
+    "members_accuracy": "mean accuracy of local models", "merging_gain": "accuracy of their mean, minus that",
 }  # fmt: skip
-
 MARKERS = dict(zip(FAMILIES, (("o", "circle"), ("s", "square"), ("^", "triangle")), strict=True))
 DRAWN = {"sparsity": "steps-post", "penalty": "steps-post"}  # constant from one row to the next
 

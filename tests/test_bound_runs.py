@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import TINY, names, read_outputs, tiny_config
 
-from feddip_lite import bound_figures, bound_runs
+from feddip_lite import bound_figures, bound_runs, followed
 from feddip_lite.bound import Objective, assemble, estimate, pruning_distance
 from feddip_lite.bound_report import (
     TERMS,
@@ -91,7 +91,7 @@ def test_what_is_recorded_is_not_computed_again(tmp_path, monkeypatch):
     first = follow(config, tmp_path, **COARSE)
     assert list(first) == list(COLUMNS)
     assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
-    monkeypatch.setattr(bound_runs, "prepare", None)  # whoever computes, fails
+    monkeypatch.setattr(followed, "prepare", None)  # whoever computes, fails
     assert follow(config, tmp_path, **COARSE).equals(first)
 
 

@@ -1,17 +1,20 @@
-"""Record what the convergence bound's terms are worth: `python tools/follow.py params/bound/lite.yaml`
+"""Record runs that are looked at on the way: `python tools/follow.py params/bound/lite.yaml`
 
-Follows every run of the queue, in order, and records it in a folder of its own (default: build/results/bound/<name>).
-What is there already costs nothing; an interrupted run goes on from its last estimates. One line per run on stdout.
+Follows every run of the queue, in order, and records it in a folder of its own (default: build/results/<look>/<name>).
+What is looked at: `bound`, the terms of the convergence bound, or `merging`, how local models merge. What is there
+already costs nothing; an interrupted run goes on from the last row that was due. One line per run on stdout.
 Exit code: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 """
 
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from feddip_lite.bound_runs import follow_all
+from feddip_lite import bound_runs, merging
 from feddip_lite.failures import ClientFailure
+from feddip_lite.followed import follow_all
 from feddip_lite.plan import Diverged
 from feddip_lite.profiles import load_profile
 
@@ -19,16 +22,18 @@ from feddip_lite.profiles import load_profile
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("queue", type=Path, help="a file such as params/bound/lite.yaml")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: build/results/bound/<name of the queue>")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: build/results/<look>/<name of the queue>")
+    parser.add_argument("--look", choices=("bound", "merging"), default="bound", help="at what; default: bound")
     parser.add_argument("--workers", metavar="N", type=int, help="clients side by side; default: one per core")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     given = parser.parse_args(arguments)
-    folder = given.results or Path("build/results/bound") / given.queue.stem
+    folder = given.results or Path("build/results") / given.look / given.queue.stem
+    how = {"bound": partial(bound_runs.follow, progress=not given.quiet), "merging": merging.follow}[given.look]
     try:
         queue = load_profile(given.queue)
         if given.workers is not None:
             queue = [replace(config, workers=given.workers) for config in queue]
-        follow_all(queue, folder, progress=not given.quiet)
+        follow_all(queue, folder, how)
     except (ClientFailure, Diverged) as error:
         return _say(error, 1)
     except (ValueError, FileNotFoundError) as error:
@@ -36,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _say(error, 1)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from the last estimates", 130)
+        return _say("interrupted; the same command goes on from the last row that was due", 130)
     return 0
 
 
