@@ -1,7 +1,7 @@
 """`follow`: a run that is looked at on the way, recorded like any other, in a folder of its own.
 
-A row is the state *before* round `round`: 0, 1, ... T, where T is the end. What is looked at says an observer: the terms
-of the bound (`bound_runs.py`), or how local models merge (`merging.py`). Read before: `engine.py`.
+A row is the state *before* round `round`: 0, 1, ... T, where T is the end. An observer says what is looked at: the
+terms of the bound (`bound_runs.py`), or how local models merge (`merging.py`). Read before: `engine.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ bytes those of the round before; `accuracy`, on the test set, is there in the ro
 time."""
 
 Observer = Callable[[ServerState, Clients, Method, Config, bool], dict]
-"""(state, clients, method, configuration, whether the row is due: every `eval_every`-th and the last) -> columns."""
+"""(state, clients, method, configuration, is the row due: every `eval_every`-th, and the last) -> its columns."""
 
 
 def follow(config: Config, folder: str | Path, observe: Observer, own: Sequence[str], **about) -> pd.DataFrame:
