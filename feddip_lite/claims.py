@@ -27,9 +27,9 @@ RULE = (
 )
 
 
-def claims_table(folder: Path, path: Path, up: str) -> str:
+def claims_table(folder: Path, path: Path) -> str:
     """Markdown: a row per claim of the file `path`, from the recorded runs under `folder`, and the rule behind the
-    verdicts. `up` leads from the document to the checkout, for links."""
+    verdicts. Links start from the checkout."""
     document = yaml.safe_load(path.read_text())
     setting = document["setting"]
     runs = main_runs(setting["profile"], folder).get(setting["runs"], pd.DataFrame(columns=["split", "run_id"]))
@@ -39,12 +39,12 @@ def claims_table(folder: Path, path: Path, up: str) -> str:
     sources = {"runs": summaries(alike), "sweep": by_sparsity(swept[swept["partition"] == "iid"])}
     sources["merging"] = merging.per_run(recorded(f"merging/{setting['profile']}", folder))
     sources["cost_cpu"] = judged_clients(folder.parent / "benchmarks")
-    lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, sources, up) for claim in document["claims"])]
+    lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, sources) for claim in document["claims"])]
     where = "".join(f"{words} (profile `{setting['profile']}`).\n\n" for words in runs.get("setting", [])[:1])
     return where + "\n".join([*lines, "", RULE])
 
 
-def _row(claim: dict, sources: dict[str, pd.DataFrame], up: str) -> str:
+def _row(claim: dict, sources: dict[str, pd.DataFrame]) -> str:
     measure, good, cells = claim.get("measure"), claim.get("good"), ["-", "-", "not tested at this scale"]
     if measure:
         rows = sources[measure.get("from", "runs")]
@@ -55,7 +55,7 @@ def _row(claim: dict, sources: dict[str, pd.DataFrame], up: str) -> str:
             sign, digits = "+" * (measure["by"] == "difference"), 6 if measure["column"] == "mask_overlap" else 4
             said = [f"{split}: {quantity(values, digits, sign)}" for split, values in by_split.items()]
             cells[1:] = ["; ".join(said), verdict(by_split.values(), **good)]
-    link = f"[{claim['notebook'][:2]}]({up}notebooks/{claim['notebook']}.ipynb)" if "notebook" in claim else "-"
+    link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)" if "notebook" in claim else "-"
     return "| " + " | ".join([claim["claim"] + " ‡" * claim.get("known", False), claim["source"], *cells, link]) + " |"
 
 

@@ -13,14 +13,15 @@ from .results import atomic_write
 
 def generated_parts(root: Path) -> dict[tuple[str, str], str]:
     """(file, name in its markers) -> Markdown, for the checkout at `root`."""
-    results, claims = root / "results", root / "params" / "claims.yaml"
+    results = root / "results"
+    claims = claims_table(results, root / "params" / "claims.yaml")
     return {
         ("README.md", "methods"): methods_table(),
         ("README.md", "results"): results_section(results),
-        ("README.md", "claims"): claims_table(results, claims, ""),
+        ("README.md", "claims"): claims,
         ("README.md", "cost"): cost_section(root / "benchmarks"),
         ("README.md", "benchmark"): benchmark_section(root / "benchmarks"),
-        ("docs/claims.md", "claims"): claims_table(results, claims, "../"),
+        ("docs/claims.md", "claims"): claims.replace("](notebooks/", "](../notebooks/"),
     }
 
 

@@ -81,7 +81,7 @@ def test_bytes_are_those_of_the_whole_run():
 
 
 def test_without_results_nothing_is_claimed(tmp_path):
-    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml", "")
+    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml")
     rows = [row for row in table.splitlines() if row.startswith("| ")][2:]
     assert len(rows) >= 10 and all("not tested at this scale" in row for row in rows)
 
@@ -104,7 +104,7 @@ def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
                 accuracy = 0.5 + seed / 100 + gain * (method == "feddip")
                 table = pd.DataFrame({name: [0] for name in COLUMNS}).assign(accuracy=accuracy, local_accuracy=np.nan)
                 save_run(tmp_path / "lite", run, table, {}, [])
-    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml", "")
+    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml")
     (row,) = (row for row in table.splitlines() if "extreme sparsities reachable" in row)
     assert "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3) | partly |" in row
 
@@ -119,7 +119,7 @@ def test_time_and_memory_are_judged_from_the_benchmark_and_never_from_a_rehearsa
         record = {"clients": rows, "layers": [], "models": [], "times": [], "provenance": {"rehearsal": rehearsal}}
         (tmp_path / "benchmarks").mkdir(exist_ok=True)
         (tmp_path / "benchmarks" / "cost_cpu.json").write_text(json.dumps(record))
-        table = claims_table(tmp_path / "results", ROOT / "params" / "claims.yaml", "")
+        table = claims_table(tmp_path / "results", ROOT / "params" / "claims.yaml")
         return next(row for row in table.splitlines() if row.startswith("| Faster training |"))
 
     mean = np.mean([3 / 2, 3.01 / 2.01, 3.02 / 2.02])

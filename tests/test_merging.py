@@ -89,7 +89,7 @@ def test_a_claim_is_judged_by_the_last_ten_observed_rounds_paired_by_seed(tmp_pa
     found = per_run(recorded("merging/lite", tmp_path))
     assert found["alignment"].tolist() == pytest.approx([0.3, 0.31, 0.32, 0.5, 0.51, 0.52])
     assert "| FedAvg | IID | 0.3100 ± 0.0248 (n=3) | 0.5000 ± 0.0000 (n=3) | +0.1000 ±" in table(found)
-    claims = claims_table(tmp_path, ROOT / "params" / "claims.yaml", "")
+    claims = claims_table(tmp_path, ROOT / "params" / "claims.yaml")
     (row,) = (row for row in claims.splitlines() if "Easier merging" in row)
     assert "| IID: +0.2000 ± 0.0000 (n=3) | reproduced |" in row
 
