@@ -245,6 +245,6 @@ def legend_below(figure: Figure) -> None:
 
 
 def wrapped(setting: str) -> str:
-    """A setting over two lines."""
+    """A setting, three of its parts a line."""
     words = setting.split(", ")
-    return ", ".join(words[:3]) + "\n" + ", ".join(words[3:])
+    return "\n".join(", ".join(words[start : start + 3]) for start in range(0, len(words), 3))
