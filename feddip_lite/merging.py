@@ -16,6 +16,7 @@ from torch import Tensor
 from . import followed
 from .config import Config
 from .experiments import labels, splits
+from .failures import collect
 from .methods import Method
 from .methods.base import samples_of, weighted_mean
 from .report import quantity
@@ -70,10 +71,12 @@ def _observe(state: ServerState, clients: Clients, method: Method, config: Confi
     if not due or t == config.rounds:
         return {}
     offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
-    plans = [method.plan(offer, clients.memories.get(client, {}), t) for client, offer in offers.items()]
-    outcomes = {n: clients.workers.result(job) for n, job in clients.deliver(method, offers, config, t).items()}
-    replies = {client: reply for client, (reply, _, _) in outcomes.items()}
-    trained = [result for _, _, result in outcomes.values()]
+    jobs = clients.deliver(method, offers, config, t)
+    replies, _, _ = collect(jobs, clients.workers, state, config)
+    if not replies:  # the round itself says so
+        return {}
+    plans = [method.plan(offers[client], clients.memories.get(client, {}), t) for client in replies]
+    trained = [jobs[client].result()[2] for client in replies]
     starts, ends = (torch.stack([_sparse(each.weights, each.mask) for each in them]) for them in (plans, trained))
     buffers = [result.buffers for result in trained]
 

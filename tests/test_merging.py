@@ -1,7 +1,7 @@
 """Laws of how local models merge: alignment's limits, what a followed run may not change, the server's own mean."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
@@ -13,6 +13,8 @@ from feddip_lite.claims import claims_table
 from feddip_lite.experiments import profile_queue, recorded
 from feddip_lite.followed import COLUMNS
 from feddip_lite.merging import MEASURES, alignment, follow, per_run, table
+from feddip_lite.methods import METHODS
+from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.profiles import load_profile
 from feddip_lite.results import ROOT, read_run, save_table
 
@@ -73,6 +75,23 @@ def test_looking_changes_nothing(tmp_path, remembering):
     records = [read_run(tmp_path / name, config.run_id)[1]["provenance"] for name in ("followed", "run")]
     assert records[0]["state_sha256"] == records[1]["state_sha256"]
     assert rows["round"][rows["alignment"].notna()].tolist() == [0, 2]
+
+
+@dataclass(frozen=True)
+class Failing(FedAvg):
+    """FedAvg, but client 0 never replies."""
+
+    def reply(self, result, memory, t):
+        if result.client == 0:
+            raise RuntimeError("no reply")
+        return super().reply(result, memory, t)
+
+
+def test_a_skipped_client_is_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "failing", Failing)
+    rows = follow(tiny_config(method="failing", clients=3, on_client_failure="skip"), tmp_path)
+    merged = (rows["members_accuracy"] + rows["merging_gain"]).iloc[:-1]
+    assert merged.tolist() == pytest.approx(rows["accuracy"].iloc[1:].tolist(), abs=1e-12)
 
 
 def record(folder, config, alignments):
