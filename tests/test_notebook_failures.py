@@ -46,7 +46,7 @@ def test_failing_notebook_ends_the_run_and_is_kept(tmp_path, monkeypatch, reprod
             raise jupyter_client.kernelspec.NoSuchKernel(name)
 
         monkeypatch.setattr(jupyter_client.kernelspec.KernelSpecManager, "get_kernel_spec", missing)
-    status, err, out = reproduce("--timeout=2" if case == "a time-out" else "--timeout=60")
+    status, err, out = reproduce("--jobs=1", "--timeout=2" if case == "a time-out" else "--timeout=60")
     assert status == 1
     assert len(err) == 1
     assert err[0].startswith("stopped: 00_broken failed: ")

@@ -1,14 +1,18 @@
 """Laws of the set-up files and tools: environment, Makefile and the notebook runner."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -121,17 +125,16 @@ def notebook(path, *cells, parameter='PROFILE = "quick"'):
     nbformat.write(book, path)
 
 
+WAIT = "import time; time.sleep(600)"
+
+
+def command_of(folder, *arguments):
+    script = ROOT / "tools" / "reproduce.py"
+    return [sys.executable, script, "--notebooks", folder, "--out", folder / "out", *arguments]
+
+
 def reproduce(folder, *arguments):
-    command = [
-        sys.executable,
-        ROOT / "tools" / "reproduce.py",
-        "--notebooks",
-        folder,
-        "--out",
-        folder / "out",
-        *arguments,
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command_of(folder, *arguments), capture_output=True, text=True)
 
 
 def test_an_unknown_parameter_is_refused(tmp_path):
@@ -160,7 +163,7 @@ def test_a_failing_notebook_is_named_kept_and_shown_and_ends_the_run(tmp_path):
     notebook(tmp_path / "02_next.ipynb")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "02_next.ipynb").write_text((tmp_path / "02_next.ipynb").read_text())  # of an earlier run
-    done = reproduce(tmp_path, "--profile", "lite")
+    done = reproduce(tmp_path, "--profile", "lite", "--jobs", "1")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert re.fullmatch(r"stopped: 01_broken failed: cell \[\d+\]: ValueError: sparsity ran away", line)
@@ -169,6 +172,30 @@ def test_a_failing_notebook_is_named_kept_and_shown_and_ends_the_run(tmp_path):
     index = (tmp_path / "out" / "index.html").read_text()
     assert "failed" in index and 'href="00_fine.html"' in index
     assert "02_next" not in index and not (tmp_path / "out" / "02_next.ipynb").exists()
+
+
+def test_two_notebooks_run_at_a_time_and_none_starts_after_a_failure(tmp_path):
+    wait = "import pathlib, time\nwhile not pathlib.Path('seen').exists(): time.sleep(0.1)"
+    notebook(tmp_path / "00_waits.ipynb", wait, "raise ValueError('no')")
+    notebook(tmp_path / "01_ends.ipynb", "import pathlib; pathlib.Path('seen').touch()", "import time; time.sleep(5)")
+    notebook(tmp_path / "02_next.ipynb")
+    done = reproduce(tmp_path)
+    assert done.stderr.startswith("stopped: 00_waits failed") and len(done.stderr.splitlines()) == 1
+    assert [line.split()[1] for line in done.stdout.splitlines()[:-1]] == ["00_waits", "01_ends"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.ipynb")) == ["00_waits.ipynb", "01_ends.ipynb"]
+
+
+def test_an_interrupted_reproduction_ends_at_once_with_its_kernels(tmp_path):
+    notebook(tmp_path / "00_long.ipynb", "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))", WAIT)
+    pid = tmp_path / "pid"
+    with subprocess.Popen(command_of(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (pid.exists() and pid.read_text()):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert "stopped; what was executed lies in" in process.stderr.read()
+    assert process.returncode == 130
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(pid.read_text())).wait(60)
 
 
 @pytest.mark.parametrize(
