@@ -68,7 +68,9 @@ def layer_bars(rows: pd.DataFrame, title: str) -> Figure:
         offset = (number - (len(names) - 1) / 2) * width
         panel.bar(places + offset, means, width, label=f"{name} (n = {own['seed'].nunique()})", **look)
     erk = 100 * rows.groupby("layer")["erk"].mean().reindex(order)
-    panel.plot(places, erk, "D", color=INK, markersize=5, markerfacecolor="white", label="ERK, same total")
+    panel.plot(
+        places, erk, "D", color=INK, markersize=5, markerfacecolor="white", clip_on=False, label="ERK, same total"
+    )
     turned = {"rotation": 60, "ha": "right"} if len(order) > 6 else {}
     panel.set_xticks(places, order, **turned)
     panel.set(ylabel="sparsity [%]", ylim=(0, 100))

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from .config import Config
 from .experiments import labels
-from .figures import COLOURS, INK, grid, look_of, styled
+from .figures import COLOURS, INK, counted, grid, look_of, styled
 from .report import paired, quantity
 from .results import headline, interval
 
@@ -93,9 +93,7 @@ def sweep(runs: pd.DataFrame, title: str) -> Figure:
     for label in labels(runs):
         own = runs[runs["label"] == label]
         points = {s: _values(own[own["target_sparsity"] == s], label) for s in sorted(own["target_sparsity"].unique())}
-        count = sorted({len(values) for values in points.values()})
-        name = f"{label} (n = {' to '.join(map(str, sorted({count[0], count[-1]})))})"
-        _with_intervals(left, points, look_of(own), name)
+        _with_intervals(left, points, look_of(own), counted(label, [len(values) for values in points.values()]))
     left.set(ylabel="final accuracy, whole test set")
     left.legend(loc="lower left")
     won = gains(runs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def accuracy_curves(
     """
     shown = [(title, results, name) for title, results in sources.items() if len(results) for name in x]
     rows = splits(pd.concat([results for _, results, _ in shown]))
-    figure, axes = grid(len(rows), len(shown), 4.6 if len(shown) > 1 else 6.4, 3.3)
+    figure, axes = grid(len(rows), len(shown), 4.6 if len(shown) > 1 else 6.4, 3.8)
     for row, split in enumerate(rows):
         for column, (title, results, name) in enumerate(shown):
             panel, own = axes[row][column], results[results["split"] == split]
@@ -111,7 +111,7 @@ def accuracy_curves(
             _methods(panel, own, name, y)
             heading = f"{title}\n{wrapped(own['setting'].iloc[0])}\n" if len(sources) > 1 else ""
             panel.set_title(f"{heading if row == 0 else ''}{split}", loc="left")
-            panel.legend(loc="best")
+            panel.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0), min(high, 1.02))
     if len(sources) == 1:
@@ -167,14 +167,14 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
     figure, axes = grid(1, len(rows), 4.4, 4.6)
     for panel, split in zip(axes[0], rows, strict=True):
         for label in labels(runs):
-            own = runs[(runs["label"] == label) & (runs["split"] == split)]
+            own, seeds = runs[(runs["label"] == label) & (runs["split"] == split)], runs[runs["label"] == label]
             if own.empty:
                 continue
             mean, half = interval(own["accuracy"])
             look, about = look_of(own), METHODS[own["method"].iloc[0]].about
             filled = {"-": look["color"]}.get(look["linestyle"], "white")
             mark = {"marker": MARKERS[about.family][0], "color": look["color"], "markerfacecolor": filled}
-            name, half = f"{label} (n = {len(own)})", None if np.isnan(half) else half
+            name, half = counted(label, seeds.groupby("split").size()), None if np.isnan(half) else half
             point = panel.errorbar(own["mib"].mean(), mean, half, label=name, linestyle="none", markersize=7, **mark)
             handles.setdefault(name, point)
         panel.set(ylabel="final accuracy", title=split)
@@ -236,6 +236,11 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
     """(figure, axes (rows, columns)), each panel `width` x `height` inches."""
     size = (width * columns, height * rows + 0.6)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def counted(label: str, seeds: Collection[int]) -> str:
+    """A name for the legend: `FedDIP (n = 3)`, or `FedDIP (n = 1 to 3)` where the numbers of seeds differ."""
+    return f"{label} (n = {' to '.join(map(str, sorted({min(seeds), max(seeds)})))})"
 
 
 def legend_below(figure: Figure) -> None:
