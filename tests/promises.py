@@ -282,7 +282,10 @@ def page() -> str:
                 tried = [total + sets * count for total, sets in zip(tried, cases(test), strict=True)]
             names = "<br>".join(f"`{test.__module__}.{test.__name__}`" for test in promise.proofs)
             lines.append(f"| {promise.text} | {names} | {tried[0] or '–'} | {tried[1] or '–'} |")
-    lines += ["", "What holds on Flower, where a server, its clients and the network fail one by one: [flower.md](flower.md)."]
+    lines += [
+        "",
+        "What holds on Flower, where a server, its clients and the network fail one by one: [flower.md](flower.md).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Laws of the set-up files and tools: environment, Makefile and the notebook runner."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -188,11 +189,12 @@ def test_two_notebooks_run_at_a_time_and_none_starts_after_a_failure(tmp_path):
 def test_an_interrupted_reproduction_ends_at_once_with_its_kernels(tmp_path):
     notebook(tmp_path / "00_long.ipynb", "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))", WAIT)
     pid = tmp_path / "pid"
-    with subprocess.Popen(command_of(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(command_of(tmp_path), stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         while process.poll() is None and not (pid.exists() and pid.read_text()):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert "stopped; what was executed lies in" in process.stderr.read()
+        assert "stopped; what was executed lies in" in process.communicate(timeout=120)[1]
     assert process.returncode == 130
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(pid.read_text())).wait(60)
