@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .experiments import labels
-from .figures import INK, grid, look_of, styled, wrapped
 from .report import quantity
 from .results import read_mask, read_run
 from .sparsity import erk_densities, jaccard
+from .style import INK, counted, grid, look_of, styled, wrapped
 
 COLUMNS = ("run_id", "label", "method", "preset", "changed", "split", "setting", "seed", "target_sparsity")
 LAYER = ("layer", "shape", "size", "kept", "sparsity", "erk")
@@ -66,7 +66,7 @@ def layer_bars(rows: pd.DataFrame, title: str) -> Figure:
         means = 100 * own.groupby("layer")["sparsity"].mean().reindex(order)
         look = {"color": look_of(own)["color"], "alpha": {"--": 0.6, ":": 0.35}.get(look_of(own)["linestyle"], 1)}
         offset = (number - (len(names) - 1) / 2) * width
-        panel.bar(places + offset, means, width, label=f"{name} (n = {own['seed'].nunique()})", **look)
+        panel.bar(places + offset, means, width, label=counted(name, [own["seed"].nunique()]), **look)
     erk = 100 * rows.groupby("layer")["erk"].mean().reindex(order)
     panel.plot(
         places, erk, "D", color=INK, markersize=5, markerfacecolor="white", clip_on=False, label="ERK, same total"

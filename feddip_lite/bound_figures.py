@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from .bound_report import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
 from .experiments import splits
-from .figures import AXES, COLOURS, INK, grid, legend_below, styled
+from .style import AXES, COLOURS, INK, grid, legend_below, styled
 
 TERM_COLOURS = dict(zip(TERMS, ("#e69f00", COLOURS["feddip"], COLOURS["feddst"], COLOURS["feddp"]), strict=True))
 SPLIT_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")

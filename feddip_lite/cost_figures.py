@@ -1,6 +1,6 @@
 """Figures of what pruning saves: bytes of recorded runs; latency and file size from `cost_runs.py`'s measurements.
 
-A method has its colour of `figures.py`, a form of a model the same colour everywhere.
+A method has its colour of `style.py`, a form of a model the same colour everywhere.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from .cost_report import PUBLISHED, published_bytes
 from .cost_runs import BOTH, CSR, DENSE, SHRUNK, crossing
 from .experiments import labels
-from .figures import AXES, COLOURS, INK, grid, legend_below, log_ticks, look_of, styled
 from .results import HEADLINE_ROWS
+from .style import AXES, COLOURS, INK, grid, legend_below, log_ticks, look_of, styled
 
 FORM_COLOURS = {DENSE: INK, CSR: COLOURS["feddp"], SHRUNK: COLOURS["prunefl"], BOTH: COLOURS["feddst"]}
 

@@ -16,9 +16,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from .figures import AXES, INK, grid, styled
 from .schedules import penalty_at, published_penalty_at, sparsity_at
 from .sparsity import num_kept, topk_mask
+from .style import AXES, INK, grid, styled
 
 KEPT, PRUNED, BLUE = "#d55e00", "#c9ced3", "#0072b2"
 SERVER, CLIENT = "#fdece2", "#e6f1f8"  # fills

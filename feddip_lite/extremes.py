@@ -14,9 +14,9 @@ from matplotlib.ticker import NullLocator
 
 from .config import Config
 from .experiments import labels
-from .figures import COLOURS, INK, counted, grid, look_of, styled
 from .report import paired, quantity
 from .results import headline, interval
+from .style import COLOURS, INK, counted, grid, look_of, styled
 
 _SHARED = "dataset model width rounds clients clients_per_round local_epochs batch_size partition initial_lr".split()
 DECAY = Config().weight_decay
@@ -121,7 +121,7 @@ def ablation(runs: pd.DataFrame, title: str, base: str = "FedDIP") -> Figure:
             mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=COLOURS["feddip"], markersize=5
         )
     panel.axvline(0, color=INK, linewidth=0.8)
-    names = [f"{name} (n = {len(values)})" for name, values in found.items()]
+    names = [counted(name, [len(values)]) for name, values in found.items()]
     panel.set(yticks=range(len(found)), yticklabels=names, xlabel="final accuracy minus FedDIP's, paired by seed")
     panel.invert_yaxis()
     panel.grid(False, axis="y")

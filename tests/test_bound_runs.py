@@ -28,10 +28,10 @@ from feddip_lite.bound_report import (
 from feddip_lite.bound_runs import COLUMNS, ESTIMATES, follow
 from feddip_lite.config import FIELDS
 from feddip_lite.experiments import describe
-from feddip_lite.figures import save_figure
 from feddip_lite.profiles import load_profile
 from feddip_lite.results import ROOT, load_results, read_run
 from feddip_lite.server import evaluate_state
+from feddip_lite.style import save_figure
 
 COARSE = {"batches": 2, "curvature_samples": 30, "iterations": 2, "progress": False}
 SHORT = {"clients": 12, "clients_per_round": 2, "rounds": 5, "eval_every": 2, "mask_interval": 2}

@@ -25,10 +25,10 @@ from feddip_lite.cost_report import (
 )
 from feddip_lite.cost_runs import BOTH, CSR, DENSE, SHRUNK, untrained
 from feddip_lite.experiments import train
-from feddip_lite.figures import save_figure
 from feddip_lite.layout import Layout
 from feddip_lite.results import ROOT
 from feddip_lite.schedules import sparsity_at
+from feddip_lite.style import save_figure
 
 TWO = {**FAST, "rounds": 2}
 

@@ -9,10 +9,11 @@ from conftest import FAST, tiny_config
 from feddip_lite import drawings, experiments
 from feddip_lite.documents import markers, write_section
 from feddip_lite.experiments import NAMES, comparable, describe, labels, main_runs, profile_queue, recorded, train
-from feddip_lite.figures import COLOURS, accuracy_curves, accuracy_for_bytes, column_panels, families, save_figure
+from feddip_lite.figures import accuracy_curves, accuracy_for_bytes, column_panels, families
 from feddip_lite.methods import METHODS
 from feddip_lite.report import agreement, frontier, paired, quantity, ranking, results_section
 from feddip_lite.results import headline, load_results
+from feddip_lite.style import COLOURS, save_figure
 
 BEGIN, END = markers("part")
 
