@@ -15,7 +15,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .experiments import labels
+from .experiments import PROFILES, labels, main_runs, recorded
+from .extremes import sparsity_sweep
+from .markdown import table
 from .report import quantity
 from .results import read_mask, read_run
 from .sparsity import erk_densities, jaccard
@@ -25,6 +27,9 @@ COLUMNS = ("run_id", "label", "method", "preset", "changed", "split", "setting",
 LAYER = ("layer", "shape", "size", "kept", "sparsity", "erk")
 """What `layers` adds: a prunable tensor's name, shape and number of weights, how many are kept, the share that is zero,
 and the sparsity that ERK gives this tensor for the same total."""
+
+
+_ALIKE = ("setting", "split", "label", "target_sparsity")  # what two runs share that only their seeds tell apart
 
 
 def layers(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
@@ -43,15 +48,29 @@ def layers(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*COLUMNS, *LAYER])
 
 
+def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:
+    """`layers` of the runs recorded under `folder`, by a name for each setting: the main comparisons under IID, each
+    method with its own settings, and the two ends of LeNet-5's sweep, whose runs at 0.9 are older than layers."""
+    groups = {}
+    for profile in PROFILES:
+        for name, runs in main_runs(profile, folder).items():
+            groups[f"{name}_{profile}_layers"] = profile, runs[(runs["split"] == "IID") & (runs["preset"] == "paper")]
+    swept = sparsity_sweep(recorded("lite", folder, model="lenet5", dataset="fashionmnist", partition="iid"))
+    for target in sorted(swept["target_sparsity"].unique())[:: max(1, swept["target_sparsity"].nunique() - 1)]:
+        own = swept[swept["target_sparsity"] == target]
+        groups[f"lenet5_fashionmnist_lite_layers_{target:g}"] = "lite", own
+    found = {name: layers(folder / profile, runs[runs["changed"] == ""]) for name, (profile, runs) in groups.items()}
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
 def layer_table(rows: pd.DataFrame) -> str:
     """Markdown: a row per tensor, its size, the sparsity of each method over seeds, and ERK's, in percent."""
-    names, heads = labels(rows), ["tensor", "weights"]
-    lines = ["| " + " | ".join([*heads, *names, "ERK"]) + " |", "|" + " --- |" * (len(names) + 3)]
-    for layer, own in rows.groupby("layer", sort=False):
+    names, lines = labels(rows), []
+    for layer, own in rows.sort_values("seed", kind="stable").groupby("layer", sort=False):
         cells = [layer, str(own["size"].iloc[0])]
         cells += [quantity(100 * own.loc[own["label"] == name, "sparsity"].to_numpy(), 1) for name in names]
-        lines.append("| " + " | ".join([*cells, f"{100 * own['erk'].mean():.1f}"]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{100 * own['erk'].mean():.1f}"])
+    return table(["tensor", "weights", *names, "ERK"], lines)
 
 
 @styled
@@ -88,19 +107,18 @@ def overlap_by_chance(kept: list[int], others: list[int], sizes: list[int]) -> f
 
 
 def across_seeds(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
-    """How alike the last masks of one method are under two seeds: a row per method, target sparsity, pair of seeds and
-    tensor ("all" for the whole mask), with `overlap` (Jaccard) and `chance`, that of masks placed at random with the
-    same counts per tensor. Runs without a recorded mask are left out."""
-    rows, known = [], runs[runs["method"] != "fedavg"].drop_duplicates("run_id")
-    groups = ["setting", "split", "label", "target_sparsity"]
-    for values, own in known.groupby(groups, sort=False):
-        masks = {run.seed: read_mask(folder, run.run_id) for run in own.itertuples()}
-        pairs = combinations(sorted(seed for seed, mask in masks.items() if mask is not None), 2)
-        tensors = read_run(folder, own["run_id"].iloc[0])[1].get("layers") or []
-        for one, other in pairs:
-            row = dict(zip(groups, values, strict=True)) | {"seeds": f"{one}, {other}"}
-            rows += [row | found for found in _overlaps(masks[one], masks[other], tensors)]
-    return pd.DataFrame(rows, columns=[*groups, "seeds", "layer", "overlap", "chance"])
+    """How alike the last masks of one method are under two seeds: a row per setting, partition, method, target
+    sparsity, pair of seeds and tensor ("all" for the whole mask), with `overlap` (Jaccard) and `chance`, that of masks
+    placed at random with the same counts per tensor. Runs without a recorded mask, or with a full one, are left out."""
+    rows = []
+    for values, own in runs.drop_duplicates("run_id").groupby(list(_ALIKE), sort=False):
+        found = {run.seed: (read_mask(folder, run.run_id), run.run_id) for run in own.itertuples()}
+        masks = {seed: mask for seed, (mask, _) in sorted(found.items()) if mask is not None and not mask.all()}
+        for one, other in combinations(masks, 2):
+            tensors = read_run(folder, found[one][1])[1]["layers"]
+            row = dict(zip(_ALIKE, values, strict=True)) | {"seeds": f"{one}, {other}"}
+            rows += [row | overlap for overlap in _overlaps(masks[one], masks[other], tensors)]
+    return pd.DataFrame(rows, columns=[*_ALIKE, "seeds", "layer", "overlap", "chance"])
 
 
 def _overlaps(mask: Tensor, other: Tensor, tensors: list[dict]) -> Iterator[dict]:
@@ -114,17 +132,14 @@ def _overlaps(mask: Tensor, other: Tensor, tensors: list[dict]) -> Iterator[dict
 
 
 def across_seeds_table(pairs: pd.DataFrame) -> str:
-    """Markdown: a row per target sparsity and method, the mean overlap over the pairs of seeds and chance's, of whole
-    masks and of each tensor."""
+    """Markdown: a row per setting, partition, method and target sparsity, the mean overlap over the pairs of seeds and
+    chance's, of whole masks and of each tensor."""
     if pairs.empty:
         return "No two recorded runs with masks yet."
-    names = list(dict.fromkeys(pairs["layer"]))
-    lines = [
-        "| target sparsity | method | pairs | " + " | ".join(f"{name}: overlap (by chance)" for name in names) + " |"
-    ]
-    lines += ["|" + " --- |" * (len(names) + 3)]
-    for (sparsity, label), own in pairs.groupby(["target_sparsity", "label"]):
+    names, rows = list(dict.fromkeys(pairs["layer"])), []
+    for (setting, split, label, sparsity), own in pairs.groupby(list(_ALIKE)):
         means = own.groupby("layer")[["overlap", "chance"]].mean()
         cells = [f"{means.loc[name, 'overlap']:.3f} ({means.loc[name, 'chance']:.3f})" for name in names]
-        lines.append(f"| {sparsity:g} | {label} | {own['seeds'].nunique()} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((sparsity, label, setting, split, str(own["seeds"].nunique()), *cells))
+    heads = ["target sparsity", "method", "pairs", *(f"{name}: overlap (by chance)" for name in names)]
+    return table(heads, ([f"{s:g}", label, *cells] for s, label, _, _, *cells in sorted(rows)))

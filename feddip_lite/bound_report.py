@@ -14,6 +14,7 @@ import pandas as pd
 from .bound import Bound, Estimates, assemble
 from .bound_runs import ESTIMATES
 from .experiments import splits
+from .markdown import table
 
 SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
 """What a run's `lr_schedule` makes of it."""
@@ -92,15 +93,21 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 def estimates_table(runs: pd.DataFrame) -> str:
     """Markdown: a row per run, the largest value of each constant. Units: F of the loss, W of the weights."""
-    heads = "run | L [F/W²] | μ [F/W] | Σρσ² [F²/W²] | G² [F²/W²] | γ: median | γ: largest | γ hidden by noise at"
-    lines = [f"| {heads} | Σ√δ‖w‖ [W] | left side [F²/W²] | final accuracy |", "|" + " --- |" * 11]
+    heads, rows = ["run", "L [F/W²]", "μ [F/W]", "Σρσ² [F²/W²]", "G² [F²/W²]", "γ: median", "γ: largest"], []
+    heads += ["γ hidden by noise at", "Σ√δ‖w‖ [W]", "left side [F²/W²]", "final accuracy"]
     for row in summary(runs).itertuples():
         rate = f" ({row.rate:g} in the rate)" if row.lr_schedule == "theory" else ""
         cells = [row.lipschitz, row.variance, row.second_moment, row.typical_gamma, row.gamma]
         words = [f"{row.label}: {row.name}", f"{row.sharpness:.3g}{rate}", *(f"{cell:.3g}" for cell in cells)]
         words += [f"{row.hidden} of {row.checkpoints}", f"{row.removed:.3g}", f"{row.left:.3g}", f"{row.accuracy:.4f}"]
-        lines.append("| " + " | ".join(words) + " |")
-    return "\n".join(lines)
+        rows.append(words)
+    return table(heads, rows)
+
+
+def interval_study(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs at the experiments' learning rate, of those partitions in which R, rounds between masks, varies."""
+    usual = runs[runs["lr_schedule"] == "exponential"]
+    return usual[usual.groupby("split")["mask_interval"].transform("nunique") > 1]
 
 
 def removed_list(runs: pd.DataFrame) -> str:

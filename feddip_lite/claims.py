@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,71 +10,113 @@ import pandas as pd
 import yaml
 
 from . import merging
+from .anatomy import across_seeds
 from .cost_report import judged_clients
 from .experiments import main_runs, recorded, splits
 from .extremes import sparsity_sweep
-from .report import quantity
-from .results import HEADLINE_ROWS, headline, interval
+from .markdown import table
+from .report import by_seed, quantity
+from .results import HEADLINE_ROWS, ROOT, headline, interval
 
-HEADS = "claim | source | measured | ours, n seeds | verdict | notebook"
+RULES = ROOT / "params" / "claims.yaml"
+HEADS = ("claim", "source", "setting", "measured", "ours, n seeds", "verdict", "notebook")
 RULE = (
     "Verdict: a claim holds in a partition if the 95 % interval over seeds (differences and ratios paired by seed) "
     "lies wholly on the good side of its threshold. Reproduced: in every partition; partly: in some; not reproduced: "
     "in none, which does not say that the opposite was shown. Fewer than three seeds: the values, no verdict. Not "
     "tested at this scale: no recorded run measures it yet. For time and memory, a model stands for a partition and a "
-    "repetition for a seed; where sparsities are compared, each stands for a partition. ‡ This rule was written down "
-    "when its runs were known."
+    "repetition for a seed; where sparsities are compared, each stands for a partition; where masks of two seeds are, "
+    "each pair for a seed, so that interval is only a guide. ‡ This rule was written down when its runs were known."
 )
+Source = tuple[str, pd.DataFrame]
+"""What a source holds, in words, and its rows: `split`, `seed`, `label`, and the columns that measures name."""
 
 
-def claims_table(folder: Path, path: Path) -> str:
-    """Markdown: a row per claim of the file `path`, from the recorded runs under `folder`, and the rule behind the
-    verdicts. Links start from the checkout."""
+def claims_table(folder: Path, path: Path = RULES) -> str:
+    """Markdown: each claim of the file `path`, a row per setting that measures it, from the recorded runs under
+    `folder`; the settings above, the rule behind the verdicts below. Links start from the checkout."""
     document = yaml.safe_load(path.read_text())
-    setting = document["setting"]
-    runs = main_runs(setting["profile"], folder).get(setting["runs"], pd.DataFrame(columns=["split", "run_id"]))
-    everything = recorded(setting["profile"], folder)
-    alike = everything[everything["setting"].isin(runs.get("setting", []))]  # ablations too
-    swept = everything[everything["model"].astype(str) + "_" + everything["dataset"].astype(str) == setting["runs"]]
-    sources = {"runs": summaries(alike), "sweep": by_sparsity(swept[swept["partition"] == "iid"])}
-    sources["merging"] = merging.per_run(recorded(f"merging/{setting['profile']}", folder))
-    sources["cost_cpu"] = judged_clients(folder.parent / "benchmarks")
-    lines = [f"| {HEADS} |", "|" + " --- |" * 6, *(_row(claim, sources) for claim in document["claims"])]
-    where = "".join(f"{words} (profile `{setting['profile']}`).\n\n" for words in runs.get("setting", [])[:1])
-    return where + "\n".join([*lines, "", RULE])
+    profile, rows = document["profile"], []
+    comparisons = main_runs(profile, folder)
+    sources = _sources(folder, profile, comparisons)
+    for claim in document["claims"]:
+        what = in_words(claim["measure"], claim["good"])
+        measured = list(_judge(claim, sources)) or [["-", what, "-", "not tested at this scale"]]
+        link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)"
+        said = claim["claim"] + " ‡" * claim.get("known", False)
+        rows += [[said, claim["source"], *measured[0], link], *(["", "", *cells, ""] for cells in measured[1:])]
+    settings = [f"- {runs['setting'].iloc[0]} (profile `{profile}`)\n" for runs in comparisons.values()]
+    return "".join([*settings, "\n" * bool(settings), table(HEADS, rows), "\n\n", RULE])
 
 
-def _row(claim: dict, sources: dict[str, pd.DataFrame]) -> str:
-    measure, good, cells = claim.get("measure"), claim.get("good"), ["-", "-", "not tested at this scale"]
-    if measure:
-        rows = sources[measure.get("from", "runs")]
-        by_split = {split: measured(rows[rows["split"] == split], measure) for split in splits(rows)}
-        by_split = {split: values for split, values in by_split.items() if len(values)}
-        cells[0] = in_words(measure, good)
-        if by_split:
-            sign, digits = "+" * (measure["by"] == "difference"), 6 if measure["column"] == "mask_overlap" else 4
-            said = [f"{split}: {quantity(values, digits, sign)}" for split, values in by_split.items()]
-            cells[1:] = ["; ".join(said), verdict(by_split.values(), **good)]
-    link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)" if "notebook" in claim else "-"
-    return "| " + " | ".join([claim["claim"] + " ‡" * claim.get("known", False), claim["source"], *cells, link]) + " |"
+def judged(runs: pd.DataFrame, path: Path = RULES) -> str:
+    """Markdown: the claims that these runs, of one model and data set as `main_runs` gives them, judge."""
+    name = "_".join(runs[["model", "dataset"]].iloc[0])
+    sources, rows = {name: ("", summaries(runs))}, []
+    for claim in yaml.safe_load(path.read_text())["claims"]:
+        rows += [[claim["claim"], *cells[1:]] for cells in _judge(claim, sources)]
+    return table(["claim", *HEADS[3:6]], rows) if rows else "No claim is judged by these runs."
+
+
+def _sources(folder: Path, profile: str, comparisons: Mapping[str, pd.DataFrame]) -> dict[str, Source]:
+    everything, found = recorded(profile, folder), {}
+    for name, runs in comparisons.items():
+        alike = everything[everything["setting"].isin(runs["setting"])]  # with its ablations
+        found[name] = (_briefly(runs), summaries(alike))
+    lenet = everything[(everything["model"] == "lenet5") & (everything["partition"] == "iid")]
+    swept, merged = sparsity_sweep(lenet[lenet["dataset"] == "fashionmnist"]), recorded(f"merging/{profile}", folder)
+    where = f"{_briefly(swept)}, IID" if len(swept) else ""
+    found["sweep"] = (where, swept.assign(split=[f"s = {target:g}" for target in swept["target_sparsity"]]))
+    found["across_seeds"] = (where, _pairs(folder / profile, swept))
+    found["merging"] = (_briefly(merged) if len(merged) else "", merging.per_run(merged))
+    found["cost_cpu"] = ("one client's training", judged_clients(folder.parent / "benchmarks"))
+    return found
+
+
+def _briefly(runs: pd.DataFrame) -> str:
+    words = runs["setting"].iloc[0].split(", ")
+    return ", ".join([*words[:2], *(word for word in words if word.startswith("width"))])
+
+
+def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:
+    """`anatomy.across_seeds` of whole masks as claims read it: a pair stands for a seed, a sparsity for a partition."""
+    pairs = across_seeds(folder, swept)
+    whole = pairs[pairs["layer"] == "all"].rename(columns={"seeds": "seed"})
+    names = [f"s = {target:g}" for target in whole["target_sparsity"]]
+    return whole.assign(split=names, overlap_beyond_chance=whole["overlap"] - whole["chance"])
+
+
+def _judge(claim: dict, sources: Mapping[str, Source]) -> Iterator[list[str]]:
+    """setting, measure in words, values and verdict, for each of the claim's sources and methods that has values."""
+    measure = claim["measure"]
+    digits, sign = measure.get("digits", 4), "+" * (measure["by"] == "difference")
+    for name in measure["from"]:
+        words, rows = sources.get(name, ("", pd.DataFrame(columns=["split"])))
+        for label in measure["of"]:
+            one = {**measure, "of": label}
+            by_split = {split: measured(rows[rows["split"] == split], one) for split in splits(rows)}
+            by_split = {split: values for split, values in by_split.items() if len(values)}
+            if by_split:
+                said = [f"{split}: {quantity(values, digits, sign)}" for split, values in by_split.items()]
+                what = in_words({**measure, "of": [label]}, claim["good"])
+                yield [words, what, "; ".join(said), verdict(by_split.values(), **claim["good"])]
 
 
 def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:
     """The values (n,) of a measure over the seeds that have all labels it names, in order of seeds.
 
-    `rows` have `label`, `seed` and the measure's `column`: runs as `summaries` gives them, or a benchmark's record. Of
-    several names in `to` the best counts, the largest value of the column, seed by seed.
+    `rows` have `label`, `seed` and the measure's `column`: runs as `summaries` gives them, or a benchmark's record;
+    `of` is one label. Of several names in `to` the best counts, the largest value of the column, seed by seed.
     """
-    table = rows.pivot_table(index="seed", columns="label", values=measure["column"]) if len(rows) else rows
-    names = [measure["of"], *measure.get("to", [])]
-    if not set(names) <= set(table):
+    names, others = [measure["of"], *measure.get("to", [])], measure.get("to", [])
+    if rows.empty or not set(names) <= set(rows["label"]):
         return np.empty(0)
-    table = table[names].dropna()
-    own = table[measure["of"]].to_numpy()
+    values = by_seed(rows[rows["label"].isin(names)], measure["column"]).dropna()
+    own = values[measure["of"]].to_numpy()
     if measure["by"] == "value":
         return own
-    other = table[measure["to"]].max(axis=1).to_numpy()
-    return own / other if measure["by"] == "ratio" else own - other
+    best = values[others].max(axis=1).to_numpy()
+    return own / best if measure["by"] == "ratio" else own - best
 
 
 def summaries(runs: pd.DataFrame) -> pd.DataFrame:
@@ -91,12 +133,6 @@ def summaries(runs: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def by_sparsity(results: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a sparsity sweep, one row each, with a target sparsity in the place of a partition."""
-    runs = sparsity_sweep(results)
-    return runs.assign(split=[f"s = {target:g}" for target in runs["target_sparsity"]])
-
-
 def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | list[float]) -> str:
     """What `RULE` says of the values of each partition; `side` is "above" or "below" a threshold, or "between" two."""
     low, high = {"above": (threshold, np.inf), "below": (-np.inf, threshold)}.get(side) or threshold
@@ -108,10 +144,10 @@ def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | li
 
 
 def in_words(measure: dict, good: dict) -> str:
-    """A measure and its threshold, as a reader would say it."""
+    """A measure and its threshold, as a reader would say them."""
     words = {"mib": "total bytes", "peak_mib": "peak memory in training", "seconds": "seconds of local training"}
     column = words.get(measure["column"], measure["column"].replace("_", " "))
-    of, to = measure["of"], measure.get("to", [])
+    of, to = " or ".join(measure["of"]), measure.get("to", [])
     other = to[0] if len(to) == 1 else f"the best of {', '.join(to)}"
     what = {"difference": f"{of} - {other}", "ratio": f"{of} / {other}", "value": of}[measure["by"]]
     limit = " and ".join(f"{value:g}" for value in np.atleast_1d(good["threshold"]))

@@ -112,7 +112,6 @@ def client_memory(
     mask: Tensor | None = None,
     *,
     error_feedback: bool = False,
-    packed: bool = False,
 ) -> dict[str, int]:
     """Bytes that a client's training needs at once, at the end of a forward pass, and their `total`.
 
@@ -123,19 +122,16 @@ def client_memory(
     Args:
         images: (b, C, H, W), one batch of network input.
         mask: (P,) bool; None = dense.
-        packed: what would do without error feedback if only kept weights and their gradients were stored, and the mask
-            as a bitmap; no kernel here trains so.
 
     Raises:
-        ValueError: `error_feedback` or `packed` without a mask, or both.
+        ValueError: `error_feedback` without a mask.
     """
-    if (error_feedback or packed) and mask is None or error_feedback and packed:
-        raise ValueError("error_feedback, packed: at most one of them, and only with a mask")
-    vector = 4 * (layout.size - (int((~mask).sum()) if packed else 0))
+    if error_feedback and mask is None:
+        raise ValueError("error_feedback: needs a mask")
     parts = {
-        "weights": vector * (2 if error_feedback else 1),
-        "gradient": vector,
-        "mask": 0 if mask is None else (layout.prunable + 7) // 8 if packed else layout.prunable,
+        "weights": 4 * layout.size * (2 if error_feedback else 1),
+        "gradient": 4 * layout.size,
+        "mask": 0 if mask is None else layout.prunable,
         "buffers": 4 * layout.buffer_size,
         "activations": activation_bytes(module, images),
     }

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .cost_report import PUBLISHED, published_bytes
 from .cost_runs import BOTH, CSR, DENSE, SHRUNK, crossing
-from .experiments import labels
+from .experiments import comparable, labels
 from .results import HEADLINE_ROWS
 from .style import AXES, COLOURS, INK, grid, legend_below, log_ticks, look_of, styled
 
@@ -21,14 +21,17 @@ FORM_COLOURS = {DENSE: INK, CSR: COLOURS["feddp"], SHRUNK: COLOURS["prunefl"], B
 @styled
 def bytes_by_method(runs: pd.DataFrame, title: str) -> Figure:
     """KiB per client and round, down and up, as means of ten rounds (dotted: the published formula), and the MiB of the
-    whole run; runs of one setting and partition, of several seeds the first. The bars' names are the lines' legend."""
+    whole run; runs of one setting and partition, the first seed that all methods have. The bars' names are the lines'
+    legend."""
+    runs = comparable(runs)
     runs = runs[runs["seed"] == runs["seed"].min()]
     figure, axes = grid(1, 3, 4.4, 4.4)
     for panel, way in zip(axes[0], ("down", "up"), strict=False):
         for label in labels(runs):
             own = runs[runs["label"] == label]
             each = 2**10 * own["clients_per_round"].iloc[0]
-            smooth = own[f"{way}_bytes"].rolling(HEADLINE_ROWS, min_periods=1).mean() / each
+            rounds = own["round"].diff().fillna(own["round"] + 1)  # a row's bytes are those since the row before
+            smooth = (own[f"{way}_bytes"] / rounds).rolling(HEADLINE_ROWS, min_periods=1).mean() / each
             panel.plot(own["round"], smooth, linewidth=1.3, **look_of(own))
             if label in PUBLISHED:
                 formula = published_bytes(own)[f"{way}_bytes"] / each

@@ -7,7 +7,6 @@ of `benchmarks/cost_cpu.json` (`read_cost`), or fresh ones of the same columns. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +15,7 @@ from .cost import published_cost, training_flops
 from .cost_runs import BOTH, CSR, DENSE, SHRUNK, crossing, untrained
 from .experiments import HEADLINE, NAMES, labels
 from .layout import Layout
+from .markdown import table
 from .report import NOTHING, paired, quantity
 from .results import headline
 from .schedules import sparsity_at
@@ -43,42 +43,47 @@ def read_cost(folder: Path) -> dict | None:
 
 
 def judged_clients(folder: Path) -> pd.DataFrame:
-    """The rows `clients` of the record, if there is one that is no rehearsal: what claims are judged by."""
+    """The rows `clients` of the record, if there is one that may be quoted: what claims are judged by."""
     record = read_cost(folder)
-    if record is None or record["provenance"]["rehearsal"]:
+    if record is None or reservation(record):
         return pd.DataFrame(columns=["split", "label", "seed"])
     return record["clients"]
 
 
+def reservation(record: dict) -> str:
+    """Why the record's numbers are not to be quoted; empty if they may be."""
+    facts = record["provenance"]
+    if facts["rehearsal"]:
+        return "A rehearsal: few sparsities and repeats. Not to be quoted."
+    busy = max(facts["load"].values()) > facts["cpus"]
+    return "The machine was busy: times are not to be quoted." if busy else ""
+
+
 def circumstances(record: dict) -> str:
     """Where the numbers were taken, how busy the machine was, and whether they are meant to be quoted."""
-    facts, how = record["provenance"], record["settings"]
+    facts, how, doubt = record["provenance"], record["settings"], reservation(record)
     load = max(facts["load"].values())
     words = f"Measured on {facts['device']} with {facts['cpus']} cores, one thread, torch {facts['torch']}"
     words += f", load {load:.1f}; {how['repeats']} forward passes, {how['client_turns']} trainings each."
-    if facts["rehearsal"]:
-        words = f"**A rehearsal: few sparsities and repeats. Not to be quoted.** {words}"
-    elif load > facts["cpus"]:
-        words = f"**The machine was busy: times are not to be quoted.** {words}"
-    return words
+    return f"**{doubt}** {words}" if doubt else words
 
 
 def source(record: dict) -> str:
     """The same in a few words, for the titles of figures."""
-    facts = record["provenance"]
-    what = "REHEARSAL, not to be quoted" if facts["rehearsal"] else "Recorded"
-    return f"{what}: {facts['device']}, one thread, {record['settings']['repeats']} passes"
+    what = "NOT TO BE QUOTED" if reservation(record) else "Recorded"
+    return f"{what}: {record['provenance']['device']}, one thread, {record['settings']['repeats']} passes"
 
 
 def published_bytes(run: pd.DataFrame) -> pd.DataFrame:
-    """`up_bytes` and `down_bytes` of each round of a run by the published formula; without `initial_sparsity` dense."""
+    """`up_bytes` and `down_bytes` (T rows, indexed by round) of a run by the published formula, evaluated or not;
+    without `initial_sparsity` dense."""
     first = run.iloc[0]
     size = Layout.of(untrained(first["dataset"], first["model"], first["width"])).size
     initial = pd.to_numeric(first["initial_sparsity"])
     ends = (0.0, 0.0) if pd.isna(initial) else (initial, first["target_sparsity"])
-    shares = [sparsity_at(int(t), *ends, int(first["rounds"])) for t in run["round"]]
+    shares = [sparsity_at(t, *ends, int(first["rounds"])) for t in range(int(first["rounds"]))]
     costs = [published_cost(size, int(first["clients_per_round"]), share) for share in shares]
-    return pd.DataFrame(costs, columns=["up_bytes", "down_bytes"], index=run["round"].to_numpy())
+    return pd.DataFrame(costs, columns=["up_bytes", "down_bytes"])
 
 
 def bytes_table(runs: pd.DataFrame) -> str:
@@ -94,8 +99,8 @@ def bytes_table(runs: pd.DataFrame) -> str:
         cells += [f"{share.mean():.3f}" if len(share) else "-" for share in shares]
         published = label in PUBLISHED
         rows.append([*cells, _formula(runs[runs["run_id"] == own["run_id"].iloc[0]]) if published else "-"])
-    heads = "method | up, KiB per client and round | down, KiB | total, MiB | up / FedAvg | down / FedAvg"
-    return table(f"{heads} | total / FedAvg | published formula: MiB, share of FedAvg's", rows)
+    heads = ["method", "up, KiB per client and round", "down, KiB", "total, MiB", "up / FedAvg", "down / FedAvg"]
+    return table([*heads, "total / FedAvg", "published formula: MiB, share of FedAvg's"], rows)
 
 
 def flops_table(layout: Layout, samples: int, config, mask) -> str:
@@ -106,12 +111,12 @@ def flops_table(layout: Layout, samples: int, config, mask) -> str:
         [part.replace("_", " "), *(f"{counts[form][part] / 1e9:.3f} ({_share(counts, form, part)})" for form in forms)]
         for part in counts["dense"]
     ]
-    return table("part | " + " | ".join(f"{form}, GFLOP (share)" for form in forms), rows)
+    return table(["part", *(f"{form}, GFLOP (share)" for form in forms)], rows)
 
 
 def clients_table(clients: pd.DataFrame) -> str:
     """Markdown: seconds and peak memory of one client's training, measured, and the memory that is counted."""
-    rows, mib = [], ("weights", "gradient", "mask", "activations", "total")
+    rows, mib = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
     for model in clients["split"].unique():
         group = clients[clients["split"] == model]
         for label in group["label"].unique():
@@ -120,8 +125,8 @@ def clients_table(clients: pd.DataFrame) -> str:
             for column in ("seconds", "peak_mib"):
                 cells += [f"{own[column].median():.3g}", _times_dense(group, label, column)]
             rows.append([*cells, *(f"{own[part].iloc[0] / 2**20:.2f}" for part in mib)])
-    heads = "model | client of | seconds | / FedAvg's | peak, MiB | / FedAvg's | "
-    return table(heads + " | ".join(f"counted: {part}" if part == "weights" else part for part in mib), rows)
+    heads = ["model", "client of", "seconds", "/ FedAvg's", "peak, MiB", "/ FedAvg's", "counted: weights", *mib[1:]]
+    return table(heads, rows)
 
 
 def models_table(models: pd.DataFrame) -> str:
@@ -134,8 +139,9 @@ def models_table(models: pd.DataFrame) -> str:
         counts += [row.training_masked / row.training_dense, row.left / row.weights]
         shares = ["-" if pd.isna(count) else f"{count:.3f}" for count in counts]
         rows.append([row.model, f"{row.sparsity:.3f}", *cells, *shares])
-    heads = "model | sparsity | file, KiB (share) | message, KiB (share) | forward FLOPs | training FLOPs, "
-    return table(heads + "error feedback | training FLOPs, masked SGD | weights left without dead channels", rows)
+    heads = ["model", "sparsity", "file, KiB (share)", "message, KiB (share)", "forward FLOPs"]
+    heads += ["training FLOPs, error feedback", "training FLOPs, masked SGD", "weights left without dead channels"]
+    return table(heads, rows)
 
 
 def crossings(rows: pd.DataFrame) -> str:
@@ -169,22 +175,16 @@ def reading(clients: pd.DataFrame, times: pd.DataFrame) -> str:
 
 
 def cost_section(folder: Path) -> str:
-    """Markdown for the README, from the record in the folder `benchmarks`: sizes at 0.9, and what sparsity buys; of a
-    rehearsal only that it is one."""
+    """Markdown for the README, from the record in the folder `benchmarks`: sizes at 0.9, and what sparsity buys; of one
+    that is not to be quoted only that."""
     record = read_cost(folder)
     if record is None:
         return NOTHING
-    if record["provenance"]["rehearsal"]:
+    if reservation(record):
         return circumstances(record)
     models = record["models"]
     parts = [models_table(models[models["target"] == SHOWN]), reading(record["clients"], record["times"])]
     return "\n\n".join([*parts, circumstances(record)])
-
-
-def table(heads: str, rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    count = heads.count("|") + 1
-    return "\n".join([f"| {heads} |", "|" + " --- |" * count, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _formula(run: pd.DataFrame) -> str:

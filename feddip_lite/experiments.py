@@ -6,6 +6,7 @@ Notebooks, figures and tables all name runs through `describe`, so that a run is
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -34,11 +35,11 @@ HEADLINE = ("fedavg", "feddp", "feddip")
 """The methods of the paper's own question, which figures and tables of a data set show first."""
 
 _OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
-_SPLIT = ("partition", "classes_per_client", "alpha")
-_ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *_SPLIT, *UNHASHED}
+SPLIT = ("partition", "classes_per_client", "alpha")
+_ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
-_SHARED = [name for name in _FIELDS if name not in _ALONE]
-_IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity", "lr_decay"}
+SHARED = [name for name in _FIELDS if name not in _ALONE]
+_IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity"}
 _LONG = 100  # rounds from which on a run shows its own progress
 ADDED = ("label", "split", "setting", "changed", "mib")
 """The columns that `describe` adds."""
@@ -164,11 +165,11 @@ def _split(row: pd.Series) -> str:
 
 
 def _setting(row: pd.Series) -> str:
-    usual = asdict(Config()) | {"initial_lr": Config().lr}
+    usual = asdict(Config()) | {"initial_lr": Config().lr, "lr_decay": _usual_decay(row["rounds"])}
     words = [NAMES.get(row["dataset"], row["dataset"]), NAMES.get(row["model"], row["model"])]
     words += [f"T = {row['rounds']} rounds", f"{row['clients_per_round']} of {row['clients']} clients per round"]
     words += [f"target sparsity {row['target_sparsity']:g}"]
-    others = [name for name in _SHARED if name not in _IN_WORDS and _differs(row[name], usual[name])]
+    others = [name for name in SHARED if name not in _IN_WORDS and _differs(row[name], usual[name])]
     return ", ".join(words + [f"{name.replace('_', ' ')} {_short(row[name])}" for name in others])
 
 
@@ -176,5 +177,12 @@ def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _usual_decay(rounds: int) -> float:
+    """The authors' 0.998 per round of 1000, in T rounds."""
+    return 0.998 ** (1000 / rounds)
+
+
 def _differs(value, usual) -> bool:
+    if isinstance(value, float) and isinstance(usual, float):
+        return not math.isclose(value, usual, rel_tol=1e-9)
     return value != usual and not (usual is None and pd.isna(value))

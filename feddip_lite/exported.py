@@ -132,6 +132,13 @@ def load_exported(path: str | Path) -> nn.Module:
         raise ValueError(f"{path}: damaged, or not an exported model") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path}: not an exported model of this version")
+    try:
+        return _rebuilt(saved)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a model that `export` wrote: {error}") from error
+
+
+def _rebuilt(saved: dict) -> nn.Module:
     if "model" in saved:
         module = build_model(saved["model"], **saved["arguments"])
     else:

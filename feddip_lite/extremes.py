@@ -13,56 +13,56 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from .config import Config
-from .experiments import labels
+from .experiments import NAMES, SHARED, SPLIT, labels
+from .markdown import table
 from .report import paired, quantity
 from .results import headline, interval
 from .style import COLOURS, INK, counted, grid, look_of, styled
 
-_SHARED = "dataset model width rounds clients clients_per_round local_epochs batch_size partition initial_lr".split()
+_SHARED = [*SPLIT, *(name for name in SHARED if name not in ("target_sparsity", "weight_decay"))]
 DECAY = Config().weight_decay
+DENSE = NAMES["fedavg"]
 
 
 def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
     """The runs, one row each as `headline` has them, that differ from the usual FedDIP run in target sparsity, method
-    and seed alone; methods with a single target sparsity are left out."""
+    and seed alone; methods with a single target sparsity are left out. FedAvg has none: it stands at every sparsity."""
     runs = _at_home(results)
     runs = runs[(runs["changed"] == "") & (runs["preset"] == "paper") & (runs["weight_decay"] == DECAY)]
     targets = runs.groupby("method")["target_sparsity"].nunique()
-    return runs[runs["method"].isin(targets.index[targets > 1])]
+    swept = runs[runs["method"].isin(targets.index[targets > 1])]
+    dense = runs[runs["label"] == DENSE].drop(columns="target_sparsity")
+    return pd.concat([swept, dense.merge(swept[["target_sparsity"]].drop_duplicates(), how="cross")])
 
 
-def gains(runs: pd.DataFrame, label="FedDIP", reference="FedDP", column="accuracy") -> dict[float, np.ndarray]:
-    """Target sparsity -> `label` minus `reference` in `column`, (n,), over the seeds that have both."""
-    groups = runs.groupby("target_sparsity")
-    found = {sparsity: paired(group, label, reference, column) for sparsity, group in groups}
+def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:
+    """Target sparsity -> FedDIP minus FedDP in final accuracy, (n,), over the seeds that have both."""
+    found = {sparsity: paired(group, "FedDIP", "FedDP") for sparsity, group in runs.groupby("target_sparsity")}
     return {sparsity: values for sparsity, values in found.items() if len(values)}
 
 
 def sweep_table(runs: pd.DataFrame) -> str:
     """Markdown: a row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
-    names, won = labels(runs), gains(runs)
-    heads = ["target sparsity", *names, "FedDIP - FedDP"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    names, won, rows = labels(runs), gains(runs), []
     for sparsity, group in runs.groupby("target_sparsity"):
-        cells = [f"{sparsity:g}"]
-        cells += [quantity(_values(group, name)) for name in names]
-        cells += [quantity(won.get(sparsity, []), sign="+")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        accuracies = [quantity(_values(group, name)) for name in names]
+        rows.append([f"{sparsity:g}", *accuracies, quantity(won.get(sparsity, []), sign="+")])
+    return table(["target sparsity", *names, "FedDIP - FedDP"], rows)
 
 
 def sweep_reading(runs: pd.DataFrame) -> str:
-    """In a sentence: at which sparsities the penalty helps, hurts, or shows nothing, by the interval of its gain."""
-    said = {"helps": [], "hurts": [], "shows no difference": [], "has too few seeds for a verdict": []}
+    """In a sentence: at which sparsities the penalty helps or hurts, by the interval of its gain; where the interval
+    has both signs, its half width, since a smaller difference could not have been seen."""
+    said = {"helps": [], "hurts": [], "makes no difference that these seeds could show": [], "has too few seeds": []}
     for sparsity, values in gains(runs).items():
         mean, half = interval(values)
         if np.isnan(half):
-            said["has too few seeds for a verdict"].append(sparsity)
+            said["has too few seeds"].append(f"{sparsity:g}")
         elif abs(mean) > half:
-            said["helps" if mean > 0 else "hurts"].append(sparsity)
+            said["helps" if mean > 0 else "hurts"].append(f"{sparsity:g}")
         else:
-            said["shows no difference"].append(sparsity)
-    parts = [f"{verb} at {', '.join(f'{s:g}' for s in found)}" for verb, found in said.items() if found]
+            said["makes no difference that these seeds could show"].append(f"{sparsity:g} (± {half:.4f})")
+    parts = [f"{verb} at {', '.join(found)}" for verb, found in said.items() if found]
     return f"Against FedDP, the growing penalty {'; '.join(parts)}." if parts else "No recorded runs yet."
 
 
@@ -74,14 +74,13 @@ def ablations(results: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
 
 
-def ablation_table(runs: pd.DataFrame, base: str = "FedDIP") -> str:
-    """Markdown: a row per variant, its final accuracy, and the difference from `base` paired by seed."""
-    lines = ["| variant | final accuracy | minus FedDIP | final sparsity |", "|" + " --- |" * 4]
-    for name, values in _variants(runs, base).items():
-        own = runs[runs["variant"] == name]
-        cells = [name, quantity(own.sort_values("seed")["accuracy"]), quantity(values, sign="+")]
-        lines.append("| " + " | ".join([*cells, f"{own['sparsity'].mean():.4f}"]) + " |")
-    return "\n".join(lines)
+def ablation_table(runs: pd.DataFrame) -> str:
+    """Markdown: a row per variant, its final accuracy, and the difference from FedDIP paired by seed."""
+    rows = []
+    for name, values in _variants(runs).items():
+        own = runs[runs["variant"] == name].sort_values("seed")
+        rows.append([name, quantity(own["accuracy"]), quantity(values, sign="+"), f"{own['sparsity'].mean():.4f}"])
+    return table(["variant", "final accuracy", "minus FedDIP", "final sparsity"], rows)
 
 
 @styled
@@ -109,9 +108,9 @@ def sweep(runs: pd.DataFrame, title: str) -> Figure:
 
 
 @styled
-def ablation(runs: pd.DataFrame, title: str, base: str = "FedDIP") -> Figure:
+def ablation(runs: pd.DataFrame, title: str) -> Figure:
     """Each variant minus FedDIP, paired by seed: a point per seed, and the 95 % interval where there are three."""
-    found = {name: values for name, values in _variants(runs, base).items() if name != base and len(values)}
+    found = {name: values for name, values in _variants(runs).items() if len(values)}
     figure, axes = grid(1, 1, 7.6, 0.36 * len(found) + 1.2)
     panel = axes[0][0]
     for place, values in enumerate(found.values()):
@@ -130,10 +129,11 @@ def ablation(runs: pd.DataFrame, title: str, base: str = "FedDIP") -> Figure:
 
 
 def _at_home(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per run that shares all but sparsity, weight decay and method's settings with the first FedDIP run."""
-    runs = headline(results[results["validation"] == 0])
-    first = runs[runs["method"] == "feddip"].head(1)
-    return runs.merge(first[_SHARED])
+    """One row per run that shares all but sparsity, weight decay, seed and what belongs to a method with most FedDIP
+    runs."""
+    runs = headline(results)
+    alike = runs.groupby(_SHARED, dropna=False).ngroup()
+    return runs[alike.isin(alike[runs["method"] == "feddip"].mode().head(1))]
 
 
 def _variant(run: pd.Series) -> str:
@@ -143,11 +143,11 @@ def _variant(run: pd.Series) -> str:
     return ", ".join([*words, *[notes] * bool(notes)]) or "FedDIP"
 
 
-def _variants(runs: pd.DataFrame, base: str) -> dict[str, np.ndarray]:
-    """variant -> its accuracy minus the base's over common seeds, the base first, the others by name."""
+def _variants(runs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """variant -> its accuracy minus FedDIP's over common seeds; FedDIP first, with none, the others by name."""
     named = runs.assign(label=runs["variant"])
-    names = sorted(named["variant"].unique(), key=lambda name: (name != base, "decay" in name, name))
-    return {name: paired(named, name, base) if name != base else np.empty(0) for name in names}
+    names = sorted(named["variant"].unique(), key=lambda name: (name != "FedDIP", "decay" in name, name))
+    return {name: paired(named, name, "FedDIP") if name != "FedDIP" else np.empty(0) for name in names}
 
 
 def _values(runs: pd.DataFrame, label: str) -> np.ndarray:

@@ -138,15 +138,15 @@ def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str, window: int = 1
 
 def _over_seeds(panel: Axes, runs: pd.DataFrame, x: str, y: str, label: str, look: dict, window: int) -> None:
     """One method: mean and interval for three seeds or more, else a thin line per seed; of `window` rows together."""
-    values = runs.pivot_table(index="round", columns="seed", values=y).rolling(window, min_periods=1).mean()
-    places = runs.groupby("round")[x].mean() if x != "round" else values.index.to_series()
+    values = runs.pivot(index="round", columns="seed", values=y).rolling(window, min_periods=1).mean()
+    places = runs.assign(place=runs[x]).pivot(index="round", columns="seed", values="place")
     count = values.shape[1]
     if count < 3:
         for number, seed in enumerate(values):
             name = counted(label, [count]) if number == 0 else None
-            panel.plot(places, values[seed], label=name, linewidth=1.1, **look)
+            panel.plot(places[seed], values[seed], label=name, linewidth=1.1, **look)
         return
-    mean = values.mean(axis=1)
+    mean, places = values.mean(axis=1), places.mean(axis=1)
     half = np.array([interval(row)[1] for row in values.to_numpy()])
     panel.plot(places, mean, label=counted(label, [count]), **look)
     panel.fill_between(places, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)

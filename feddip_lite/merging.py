@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import followed
+from . import followed, markdown
 from .config import Config
 from .experiments import labels, splits
 from .failures import collect
@@ -56,14 +56,14 @@ def per_run(runs: pd.DataFrame) -> pd.DataFrame:
 def table(runs: pd.DataFrame) -> str:
     """Markdown: a row per method and partition of `per_run`, with the spread over seeds."""
     heads = ["method", "partition", "alignment", "mean accuracy of local models", "accuracy of their mean, minus that"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    rows = []
     for split in splits(runs):
         for label in labels(runs):
             own = runs[(runs["split"] == split) & (runs["label"] == label)]
             if len(own):
                 cells = [quantity(own[name]) for name in MEASURES[:2]] + [quantity(own[MEASURES[2]], sign="+")]
-                lines.append("| " + " | ".join([label, split, *cells]) + " |")
-    return "\n".join(lines)
+                rows.append([label, split, *cells])
+    return markdown.table(heads, rows)
 
 
 def _observe(state: ServerState, clients: Clients, method: Method, config: Config, due: bool) -> dict[str, float]:

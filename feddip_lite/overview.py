@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from .markdown import table
 from .methods import METHODS
 
 PLACE = {"one process": "in one process", "simulation": "on Flower's simulation"}
@@ -31,20 +32,19 @@ def title_of(name: str) -> str:
 
 def settings_table(path: Path) -> str:
     """Markdown: each method's own settings, their values and sources, from `params/methods.yaml`."""
-    rows = ["| method | preset | setting | value | source |", "|" + " --- |" * 5]
+    rows = []
     for name, presets in yaml.safe_load(path.read_text()).items():
         for preset, settings in presets.items():
             for setting, (value, source) in settings.items():
                 shown = "from another" if value is None else f"`{value}`"
-                rows.append(f"| {title_of(name)} | `{preset}` | `{setting}` | {shown} | {source} |")
-    return "\n".join(rows)
+                rows.append([title_of(name), f"`{preset}`", f"`{setting}`", shown, source])
+    return table(["method", "preset", "setting", "value", "source"], rows)
 
 
 def methods_table() -> str:
     """Markdown: a row per method, and below it what was assumed for each reconstruction."""
     heads = ["name", "method", "family", "mask from", "scope", "regrows", "client step", "up", "down", "lines"]
-    rows = [[*heads, "presets", "source"], ["---"] * (len(heads) + 2)]
-    notes = []
+    rows, notes = [], []
     for name, method in METHODS.items():
         about = method.about
         lines = sum(bool(line.strip()) for line in inspect.getsource(method).splitlines())
@@ -53,33 +53,22 @@ def methods_table() -> str:
         rows.append([f"`{name}`", title_of(name), *words, about.source])
         if about.assumed:
             notes.append(f"- {title_of(name)}: {about.assumed}")
-    table = "\n".join("| " + " | ".join(re.sub(r"([|*])", r"\\\1", cell) for cell in row) + " |" for row in rows)
+    escaped = ([re.sub(r"([|*])", r"\\\1", cell) for cell in row] for row in rows)
     intro = f"{DAGGER} A reconstruction: its source's details were not to be had. Assumed:"
-    return "\n".join([table, "", intro, "", *notes])
+    return "\n".join([table([*heads, "presets", "source"], escaped), "", intro, "", *notes])
 
 
 def benchmark_section(folder: Path) -> str:
     """Markdown: the recorded tables of `benchmarks/`, a row per model, and how cost grows."""
-    parts = []
-    for device in ("cpu", "cuda"):
-        path = folder / f"engine_{device}.json"
-        if path.exists():
-            parts += [_engine_table(json.loads(path.read_text()))]
-    path = folder / "growth_cpu.json"
-    if path.exists():
-        parts += [_growth(json.loads(path.read_text())["rows"])]
-    path = folder / "masks_cpu.json"
-    if path.exists():
-        parts += [_masks(json.loads(path.read_text())["rows"])]
-    path = folder / "flower_cpu.json"
-    if path.exists():
-        parts += [_flower(json.loads(path.read_text()))]
+    tables = {"engine_cpu": _engine_table, "engine_cuda": _engine_table, "growth_cpu": _growth, "masks_cpu": _masks}
+    tables["flower_cpu"] = _flower
+    paths = {folder / f"{name}.json": words for name, words in tables.items()}
+    parts = [words(json.loads(path.read_text())) for path, words in paths.items() if path.exists()]
     return "\n\n".join([*parts, WHAT_D_PLUS_IS] if parts else ["Nothing measured yet."])
 
 
 def _engine_table(record: dict) -> str:
-    names = ("a", "b", "c", "d", "d+")
-    lines = ["| model | a | b | c | d | d+ | a/c | b/c | c/d | c/d+ | peak MiB of c |", "|" + " --- |" * 11]
+    names, rows = ("a", "b", "c", "d", "d+"), []
     for model, row in record["table"].items():
         total = {name: row[name]["total_s" if name in "abc" else "train_s"] for name in names if name in row}
         train = {name: row[name]["train_s"]["median"] for name in total}
@@ -88,12 +77,11 @@ def _engine_table(record: dict) -> str:
             known = upper in of and lower in of
             cells.append(f"{_median(of[upper]) / _median(of[lower]):.2f}" if known else "-")
         epochs = row["settings"].get("local_epochs", 5)
-        lines.append(
-            f"| {model}, {epochs} epoch{'s' * (epochs > 1)} | {' | '.join(cells)} | {row['c']['peak_mb']:.0f} |"
-        )
+        rows.append([f"{model}, {epochs} epoch{'s' * (epochs > 1)}", *cells, f"{row['c']['peak_mb']:.0f}"])
     facts = record["provenance"]
     where = f"{facts['device']}, {facts['cpus']} cores, torch {facts['torch']}, Python {facts['python']}"
-    return "\n".join([*lines, "", f"Measured in one run, taking turns: {where}, {facts['precision']}."])
+    heads = ["model", *names, "a/c", "b/c", "c/d", "c/d+", "peak MiB of c"]
+    return f"{table(heads, rows)}\n\nMeasured in one run, taking turns: {where}, {facts['precision']}."
 
 
 def _median(value) -> float:
@@ -105,7 +93,8 @@ def _spread(value: dict) -> str:
     return f"{value['median']:.2f}{spread}"
 
 
-def _growth(rows: list[dict]) -> str:
+def _growth(record: dict) -> str:
+    rows = record["rows"]
     by_clients = [row for row in rows if "clients" in row]
     clients = ", ".join(str(row["clients"]) for row in by_clients)
     peaks = ", ".join(f"{row['peak_mb']:.0f}" for row in by_clients)
@@ -129,7 +118,8 @@ def _flower(record: dict) -> str:
     )
 
 
-def _masks(rows: list[dict]) -> str:
+def _masks(record: dict) -> str:
+    rows = record["rows"]
     millions = rows[0]["prunable"] / 1e6
     each = ", ".join(f"{row['per_round_s']:.2f} s at sparsity {row['sparsity']:g}" for row in rows)
     return (

@@ -1,4 +1,4 @@
-"""What recorded runs say: comparisons paired by seed, verdicts on the slides' claims, and the README's tables.
+"""What recorded runs say: comparisons paired by seed, rankings, and the README's tables.
 
 Statistics: 95 % Student t intervals over seeds; with fewer than three seeds the values alone, no interval, no verdict.
 """
@@ -13,26 +13,36 @@ import pandas as pd
 from scipy import stats
 
 from .experiments import PROFILES, comparable, labels, main_runs, splits
+from .markdown import table
 from .results import headline, interval, read_run
 
-CLAIMS = (  # column, method, reference, claim of the slides, supporting side, verdict if an interval has both sides
-    ("accuracy", "FedDIP", "FedAvg", "as accurate as FedAvg at this sparsity", +1, "no loss shown and no gain"),
-    ("accuracy", "FedDIP", "FedDP", "the growing penalty helps", +1, "not reproduced, no gain shown"),
-    ("mib", "FedDIP", "FedAvg", "fewer bytes travel than with FedAvg", -1, "not reproduced, no saving shown"),
-)
 NOTHING = "No recorded runs yet."
 NOTE = (
     "Final accuracy: mean of the last ten evaluated rounds on the whole test set. `±`: half width of the 95 % Student "
-    "t interval over seeds. Differences are paired by seed. n < 3: the values alone, no interval, no verdict."
+    "t interval over seeds. Differences are paired by seed. n < 3: the values alone, no interval, no verdict. With a "
+    "mask every fifth round, two of the ten rounds choose one: there `memory` drops, to recover until the next."
 )
+
+
+def by_seed(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column of runs, one row each, as a table: a row per `seed`, a column per `label`.
+
+    Raises:
+        ValueError: a label has two runs under one seed, so they differ in what `label` does not say.
+    """
+    twice = rows[rows.duplicated(["seed", "label"])]
+    if len(twice):
+        label, seed = twice[["label", "seed"]].iloc[0]
+        raise ValueError(f"{label}: two runs under seed {seed}; compare runs of one setting and partition")
+    return rows.pivot(index="seed", columns="label", values=column)
 
 
 def paired(runs: pd.DataFrame, label: str, reference: str, column: str = "accuracy", ratio: bool = False) -> np.ndarray:
     """`label` minus `reference` (or divided by it) in a column of `headline`, for every seed that has both; (n,)."""
-    by_seed = runs.pivot_table(index="seed", columns="label", values=column)
-    if label not in by_seed or reference not in by_seed:
+    both = by_seed(runs[runs["label"].isin([label, reference])], column)
+    if label not in both or reference not in both:
         return np.empty(0)
-    both = by_seed[[label, reference]].dropna()
+    both = both.dropna()
     own, other = both[label].to_numpy(), both[reference].to_numpy()
     return own / other if ratio else own - other
 
@@ -47,47 +57,12 @@ def quantity(values, digits: int = 4, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f} ± {half:.{digits}f} (n={len(values)})"
 
 
-def agreement(results: pd.DataFrame) -> str:
-    """Markdown: what agrees and what disagrees with the slides' claims, a list per setting and partition.
-
-    The rule: a verdict needs three seeds and a 95 % interval of the paired differences (or shares of bytes) that lies
-    wholly on one side of no difference.
-    """
-    parts, runs = [], headline(results)
-    for setting in results["setting"].unique():
-        for split in splits(results[results["setting"] == setting]):
-            group = runs[(runs["setting"] == setting) & (runs["split"] == split)]
-            lines = [_claim_line(group, *claim) for claim in CLAIMS]
-            parts.append("\n".join([f"*{setting}; {split}:*\n", *lines]))
-    return "\n\n".join(parts) or NOTHING
-
-
-def _claim_line(
-    group: pd.DataFrame, column: str, label: str, reference: str, claim: str, side: int, between: str
-) -> str:
-    share = column == "mib"
-    values = paired(group, label, reference, column, ratio=share)
-    what = f"{label} / {reference}, total bytes" if share else f"{label} - {reference}, accuracy"
-    if len(values) == 0:
-        return f'- {what}: not run. Claim "{claim}": no verdict.'
-    mean, half = interval(values)
-    distance = side * (mean - share)
-    if np.isnan(half):
-        verdict = "no verdict for n < 3"
-    elif abs(distance) > half:
-        verdict = "agrees" if distance > 0 else "disagrees"
-    else:
-        verdict = f"{between} (the interval includes {int(share)})"
-    return f'- {what}: {quantity(values, sign="" if share else "+")}. Claim "{claim}": {verdict}.'
-
-
 def results_table(results: pd.DataFrame) -> str:
     """The Markdown table of one setting, a row per partition and method."""
     top5 = [name for name in ("top5_accuracy",) if name in results and results[name].notna().all()]
     heads = ["method (preset)", "partition", "final accuracy", *["top-5 accuracy" for _ in top5], "measured sparsity"]
     heads += ["total MiB", "share of FedAvg's bytes", "accuracy minus FedAvg's"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    runs = headline(results)
+    rows, runs = [], headline(results)
     for split in splits(results):
         group = runs[runs["split"] == split]
         for label in labels(group):
@@ -97,8 +72,8 @@ def results_table(results: pd.DataFrame) -> str:
             share = paired(group, label, "FedAvg", "mib", ratio=True)
             cells += [f"{share.mean():.3f}" if len(share) else "-"]
             cells += ["-" if label == "FedAvg" else quantity(paired(group, label, "FedAvg"), sign="+")]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return table(heads, rows)
 
 
 def circumstances(folder: Path, results: pd.DataFrame) -> str:
@@ -114,31 +89,31 @@ def circumstances(folder: Path, results: pd.DataFrame) -> str:
 
 
 def ranking(results: pd.DataFrame) -> str:
-    """Markdown: each method's place by final accuracy, seed by seed, for one setting and partition, and how well the
-    seeds agree: Kendall's tau of each pair (1 = the same order, 0 = unrelated) over the methods that both have."""
-    runs = headline(results)
-    accuracy = runs.pivot_table(index="label", columns="seed", values="accuracy")
-    accuracy = accuracy.loc[accuracy.mean(axis=1).sort_values(ascending=False).index]
+    """Markdown: each method's place by final accuracy, seed by seed, for one setting and partition, in order of the
+    mean over the seeds that all have; and how well the seeds agree: Kendall's tau of each pair (1 = the same order, 0 =
+    unrelated) over the methods that both have. A masked upload is the same model, so it has no place of its own."""
+    results = results[results["changed"] != "upload"]
+    accuracy, common = (by_seed(headline(some), "accuracy").T for some in (results, comparable(results)))
+    accuracy = accuracy.loc[common.mean(axis=1).reindex(accuracy.index).sort_values(ascending=False).index]
     places = accuracy.rank(ascending=False).map(lambda place: "-" if np.isnan(place) else f"{place:.0f}")
-    lines = [
-        "| method | " + " | ".join(f"seed {seed}" for seed in accuracy) + " |",
-        "|" + " --- |" * (1 + len(places.columns)),
-    ]
-    lines += [f"| {label} | {' | '.join(row)} |" for label, row in zip(places.index, places.to_numpy(), strict=True)]
+    ranked = table(["method", *(f"seed {seed}" for seed in accuracy)], places.reset_index().to_numpy())
     agreeing = []
     for one, other in combinations(accuracy, 2):
         both = accuracy[[one, other]].dropna()
         if len(both) > 2:
             tau = stats.kendalltau(both[one], both[other]).statistic
-            agreeing.append(f"{tau:.2f} (seeds {one} and {other}, {len(both)} methods)")
-    said = "Kendall's tau: " + ", ".join(agreeing) if agreeing else "One seed so far: nothing to compare"
-    return "\n".join([*lines, "", f"{said}."])
+            agreeing.append(f"{tau:.2f} (seeds {one} and {other}: {', '.join(labels(both.reset_index()))})")
+    said = "Kendall's tau: " + "; ".join(agreeing) if agreeing else "No two seeds have three methods in common"
+    return f"{ranked}\n\n{said}."
 
 
 def frontier(results: pd.DataFrame) -> str:
     """Markdown: the methods of one setting and partition that no other beats in final accuracy and bytes at once,
     by their means over the seeds that all have."""
-    means = headline(comparable(results)).groupby("label")[["accuracy", "mib"]].mean().sort_values("mib")
+    results = comparable(results)
+    if results.empty:
+        return "No seed that all methods have."
+    means = headline(results).groupby("label")[["accuracy", "mib"]].mean().sort_values("mib")
     best = means["accuracy"].cummax()
     front = means[(means["accuracy"] == best) & ~best.duplicated()]
     found = ", ".join(f"{label} ({row['accuracy']:.4f}, {row['mib']:.0f} MiB)" for label, row in front.iterrows())

@@ -42,7 +42,8 @@ AXES = {
     "sparsity": "sparsity of prunable weights", "penalty": r"penalty $\lambda_t$", "regrown": "weights regrown",
     "mask_overlap": "mask overlap (Jaccard)", "loss": "cross-entropy, whole test set",
     "pruning_error": r"pruning error, share of $\Vert w \Vert^2$", "alignment": "alignment of clients' moves",
-    "members_accuracy": "mean accuracy of local models", "merging_gain": "accuracy of their mean, minus that",
+    "members_accuracy": "mean accuracy of local models",
+    "merging_gain": "accuracy of the mean of local models,\nminus their mean accuracy",
 }  # fmt: skip
 
 

@@ -1,13 +1,18 @@
 """Laws of layers and masks: counts come back, ERK keeps the total, chance is what random masks do."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_config
 
 from feddip_lite.anatomy import across_seeds, across_seeds_table, layer_bars, layer_table, layers, overlap_by_chance
 from feddip_lite.experiments import train
-from feddip_lite.results import read_mask, read_run
+from feddip_lite.results import read_mask, read_run, sealed
 from feddip_lite.sparsity import jaccard
 
 TWO = {"rounds": 2, "clients": 3, "clients_per_round": 2, "local_epochs": 1}
@@ -84,3 +89,16 @@ def test_chance_is_one_for_full_masks_and_for_empty_ones():
     assert overlap_by_chance([3, 5], [3, 5], [3, 5]) == 1.0
     assert overlap_by_chance([0], [0], [4]) == 1.0
     assert overlap_by_chance([4], [0], [4]) == 0.0
+
+
+def test_settings_are_never_mixed_and_old_records_are_left_out(folder, runs, tmp_path):
+    pairs = across_seeds(folder, runs)
+    others = pairs.assign(setting="another", overlap=0.0, chance=0.0)
+    rows = across_seeds_table(pd.concat([pairs, others])).splitlines()[2:]
+    assert len(rows) == 2 and all(row.split(" | ")[2] == "3" for row in rows)
+    for path in filter(Path.is_file, folder.iterdir()):
+        shutil.copy(path, tmp_path)
+    old = tmp_path / f"{QUEUE[0].run_id}.json"
+    record = {key: value for key, value in json.loads(old.read_text()).items() if key not in ("layers", "sha256")}
+    old.write_bytes(sealed(json.dumps(record, indent=1).removesuffix("\n}").encode()))
+    assert list(across_seeds(tmp_path, runs)["seeds"].unique()) == ["1, 2"]

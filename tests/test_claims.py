@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from feddip_lite.claims import claims_table, measured, summaries, verdict
+from feddip_lite.claims import RULES, claims_table, judged, measured, summaries, verdict
 from feddip_lite.experiments import NAMES, profile_queue
 from feddip_lite.results import COLUMNS, ROOT, headline, save_run
 
@@ -81,18 +81,30 @@ def test_bytes_are_those_of_the_whole_run():
 
 
 def test_without_results_nothing_is_claimed(tmp_path):
-    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml")
+    table = claims_table(tmp_path)
     rows = [row for row in table.splitlines() if row.startswith("| ")][2:]
-    assert len(rows) >= 10 and all("not tested at this scale" in row for row in rows)
+    assert len(rows) == len(yaml.safe_load(RULES.read_text())["claims"]) >= 10
+    assert all("not tested at this scale" in row for row in rows)
 
 
-def test_every_claim_names_known_methods_and_an_existing_notebook():
-    for claim in yaml.safe_load((ROOT / "params" / "claims.yaml").read_text())["claims"]:
-        measure = claim.get("measure", {})
-        names = {name.partition(" (")[0] for name in (*measure.get("to", []), measure.get("of", "FedDIP"))}
-        assert names <= set(NAMES.values())
-        assert "notebook" not in claim or (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
-        assert bool(measure) == ("good" in claim)
+def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
+    sources = {f"{config.model}_{config.dataset}" for config in profile_queue("lite")}
+    sources |= {"sweep", "across_seeds", "merging", "cost_cpu"}
+    for claim in yaml.safe_load(RULES.read_text())["claims"]:
+        measure = claim["measure"]
+        assert {name.partition(" (")[0] for name in (*measure.get("to", []), *measure["of"])} <= set(NAMES.values())
+        assert set(measure["from"]) <= sources
+        assert (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
+
+
+def test_each_method_and_each_setting_is_judged_in_a_row_of_its_own():
+    table = runs(FedDIP=[0.8, 0.7, 0.9], FedAvg=[0.7, 0.6, 0.8], **{"FedDIP (repo)": [0.5, 0.4, 0.6]})
+    table = table.assign(model="lenet5", dataset="fashionmnist", split="IID")
+    said = [row for row in judged(table).splitlines() if row.startswith("| Extreme sparsity")]
+    assert len(said) == 2
+    assert "FedDIP - FedAvg" in said[0] and said[0].endswith("| IID: +0.1000 ± 0.0000 (n=3) | reproduced |")
+    assert "FedDIP (repo) - FedAvg" in said[1] and "| not reproduced |" in said[1]
+    assert judged(table.assign(dataset="digits")) == "No claim is judged by these runs."
 
 
 def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
@@ -104,24 +116,25 @@ def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
                 accuracy = 0.5 + seed / 100 + gain * (method == "feddip")
                 table = pd.DataFrame({name: [0] for name in COLUMNS}).assign(accuracy=accuracy, local_accuracy=np.nan)
                 save_run(tmp_path / "lite", run, table, {}, [])
-    table = claims_table(tmp_path, ROOT / "params" / "claims.yaml")
+    table = claims_table(tmp_path)
     (row,) = (row for row in table.splitlines() if "extreme sparsities reachable" in row)
     assert "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3) | partly |" in row
 
 
-def test_time_and_memory_are_judged_from_the_benchmark_and_never_from_a_rehearsal(tmp_path):
-    def row_of(rehearsal):
+def test_time_and_memory_are_judged_from_a_quiet_benchmark_and_never_from_a_rehearsal(tmp_path):
+    def row_of(rehearsal, load=0.5):
         rows = [
             {"split": "LeNet-5", "label": label, "seed": turn, "seconds": seconds + turn / 100, "peak_mib": 40.0}
             for label, seconds in (("FedAvg", 2.0), ("FedDIP", 3.0))
             for turn in range(3)
         ]
-        record = {"clients": rows, "layers": [], "models": [], "times": [], "provenance": {"rehearsal": rehearsal}}
+        facts = {"rehearsal": rehearsal, "load": {"before": 0.1, "after": load}, "cpus": 2}
+        record = {"clients": rows, "layers": [], "models": [], "times": [], "provenance": facts}
         (tmp_path / "benchmarks").mkdir(exist_ok=True)
         (tmp_path / "benchmarks" / "cost_cpu.json").write_text(json.dumps(record))
-        table = claims_table(tmp_path / "results", ROOT / "params" / "claims.yaml")
+        table = claims_table(tmp_path / "results")
         return next(row for row in table.splitlines() if row.startswith("| Faster training |"))
 
     mean = np.mean([3 / 2, 3.01 / 2.01, 3.02 / 2.02])
     assert f"LeNet-5: {mean:.4f} ±" in row_of(False) and "| not reproduced |" in row_of(False)
-    assert "| not tested at this scale |" in row_of(True)
+    assert all("| not tested at this scale |" in row for row in (row_of(True), row_of(False, load=2.1)))

@@ -48,7 +48,7 @@ def test_a_run_is_judged_by_the_interval_of_three_seeds(tmp_path, capsys, accura
 
 def test_a_run_that_broke_down_is_outside(tmp_path):
     record(tmp_path / "recorded", [0.80, 0.82, 0.84])
-    record(tmp_path / "fresh", [float("nan")])
+    record(tmp_path / "fresh", [None])  # what a record holds in place of NaN
     assert compare(tmp_path) == 1
 
 
@@ -91,3 +91,13 @@ def test_a_run_whose_table_was_changed_is_refused(tmp_path, capsys):
     table.write_bytes(table.read_bytes().replace(b"0.5", b"0.6"))
     assert compare(tmp_path) == 2
     assert table.name in capsys.readouterr().err
+
+
+def test_a_record_of_something_else_than_a_run_is_named(tmp_path, capsys):
+    record(tmp_path / "recorded", [0.8])
+    record(tmp_path / "fresh", [0.8])
+    (path,) = (tmp_path / "recorded").glob("*.json")
+    other = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("final", "sha256")}
+    path.write_bytes(sealed(json.dumps(other, indent=1).removesuffix("\n}").encode()))
+    assert compare(tmp_path) == 2
+    assert f"{path}: no record of `run` or `sweep`" in capsys.readouterr().err

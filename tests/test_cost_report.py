@@ -82,7 +82,7 @@ def test_flops_of_a_round_part_by_part():
 
 
 def clients(ratio=2.0, model="LeNet-5", turns=3):
-    parts = dict.fromkeys(("weights", "gradient", "mask", "activations", "total"), 2**20)
+    parts = dict.fromkeys(("weights", "gradient", "mask", "buffers", "activations", "total"), 2**20)
     return pd.DataFrame(
         {"split": model, "label": label, "seed": turn, "seconds": times * (1 + turn), "peak_mib": 40.0, **parts}
         for label, times in (("FedAvg", 1.0), ("FedDIP", ratio))
@@ -140,7 +140,7 @@ def test_rehearsals_and_busy_machines_are_named():
     assert "not to be quoted" not in circumstances(record()).lower()
     assert circumstances(record(rehearsal=True)).startswith("**A rehearsal")
     assert circumstances(record(load=2.5)).startswith("**The machine was busy")
-    assert source(record()).startswith("Recorded: cpu") and source(record(rehearsal=True)).startswith("REHEARSAL")
+    assert source(record()).startswith("Recorded: cpu") and source(record(rehearsal=True)).startswith("NOT TO BE")
 
 
 def test_a_record_comes_back_as_frames_and_a_rehearsal_judges_no_claim(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 
 from feddip_lite.cost import export, load_exported, sparse_model
 from feddip_lite.data import normalise
+from feddip_lite.exported import FORMAT
 from feddip_lite.local import evaluate
 from feddip_lite.models import ResNet18
 from feddip_lite.shrink import plain, to_csr, without_dead_channels
@@ -123,3 +124,19 @@ def test_files_that_are_damaged_or_none_of_ours_are_named(started, tmp_path):
         load_exported(path)
     with pytest.raises(FileNotFoundError):
         load_exported(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"layers": [("1", "Softmax", {})], "weights": {}},
+        {"layers": [("1", "Flatten", {})]},
+        {"layers": [("1", "Flatten", {})], "weights": {"2.bias": torch.ones(1)}},
+        {"layers": [("1", "Linear", {"strange": 1})], "weights": {}},
+        {"model": "vgg", "arguments": {}, "weights": {}},
+    ],
+)
+def test_a_file_in_our_format_that_is_no_model_is_named(content, tmp_path):
+    torch.save({"format": FORMAT, **content}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: not a model that `export` wrote"):
+        load_exported(tmp_path / "model.pt")

@@ -52,10 +52,11 @@ def test_seeds_that_only_one_method_has_are_not_compared():
 
 @pytest.mark.parametrize(
     "other",
-    [{"method": "fedavg", "target_sparsity": 0.9}, {"method": "snip", "target_sparsity": 0.9},
+    [{"method": "snip", "target_sparsity": 0.9},
      {"method": "feddip", "penalty_max": 0.01}, {"method": "feddip", "preset": "memory"},
      {"method": "feddip", "weight_decay": 0.0}, {"method": "feddip", "rounds": 7},
-     {"method": "feddip", "validation": 0.1}],
+     {"method": "feddip", "validation": 0.1}, {"method": "feddip", "lr_decay": 0.5},
+     {"method": "feddip", "precision": "bf16"}, {"method": "feddip", "lr": 0.03}],
     ids=lambda other: ", ".join(f"{key}={value}" for key, value in other.items()),
 )  # fmt: skip
 def test_sweep_differs_in_sparsity_method_and_seed_alone(other):
@@ -70,6 +71,14 @@ def test_a_method_joins_the_sweep_with_its_second_sparsity():
     assert "SNIP" in set(sparsity_sweep(sweep_of(*snip))["label"])
 
 
+def test_a_dense_model_stands_at_every_sparsity_of_the_sweep():
+    dense = [({"method": "fedavg", "target_sparsity": 0.9, "seed": seed}, 0.9) for seed in (0, 1)]
+    found = sparsity_sweep(sweep_of(*dense))
+    own = found[found["label"] == "FedAvg"]
+    assert sorted(own["target_sparsity"]) == [0.8, 0.8, 0.9, 0.9, 0.99, 0.99] and np.allclose(own["accuracy"], 0.9)
+    assert len(found) == len(sparsity_sweep(sweep_of())) + 6
+
+
 @pytest.mark.parametrize(("gain", "words"), [(0.01, "helps at 0.8, 0.9, 0.99"), (-0.01, "hurts at 0.8, 0.9, 0.99")])
 def test_reading_follows_the_interval(gain, words):
     assert words in sweep_reading(sparsity_sweep(sweep_of(gain=gain)))
@@ -78,12 +87,14 @@ def test_reading_follows_the_interval(gain, words):
         for s, (b, c) in enumerate([(0.5, 0.6), (0.6, 0.5), (0.5, 0.5)])
         for m, a in (("feddp", b), ("feddip", c))
     ]
-    assert "shows no difference at 0.95" in sweep_reading(sparsity_sweep(sweep_of(*noisy)))
+    assert "no difference that these seeds could show at 0.95 (± 0.2484)" in sweep_reading(
+        sparsity_sweep(sweep_of(*noisy))
+    )
 
 
 def test_two_seeds_give_no_verdict_and_none_no_sentence():
     assert "helps" not in (words := sweep_reading(sparsity_sweep(sweep_of(seeds=(0, 1)))))
-    assert "too few seeds for a verdict at 0.8, 0.9, 0.99" in words
+    assert "too few seeds at 0.8, 0.9, 0.99" in words
     assert sweep_reading(sparsity_sweep(sweep_of()).iloc[:0]) == "No recorded runs yet."
 
 
@@ -119,8 +130,11 @@ def test_ablations_are_named_by_what_was_changed_and_paired_with_feddip():
 def test_figures_show_the_tables_numbers():
     runs = sparsity_sweep(sweep_of())
     left, right = extremes.sweep(runs, "title").axes
-    drawn = {line.get_label(): line for line in left.get_lines()}
-    assert len(left.containers) == 2 and drawn
+    means = runs.groupby(["label", "target_sparsity"])["accuracy"].mean()
+    for container in left.containers:
+        label = container.get_label().split(" (n")[0]
+        np.testing.assert_allclose(np.array(container.lines[0].get_ydata(), float), means[label])
+    assert len(left.containers) == 2
     heights = np.array(right.containers[0].lines[0].get_ydata(), float)
     np.testing.assert_allclose(heights, [values.mean() for values in gains(runs).values()])
     assert left.xaxis_inverted() and [text.get_text() for text in left.get_xticklabels()] == ["80", "90", "99"]
@@ -132,4 +146,4 @@ def test_figures_show_the_tables_numbers():
 
 
 def test_no_runs_give_empty_frames():
-    assert sparsity_sweep(recorded_runs([])).empty and isinstance(ablations(recorded_runs([])), pd.DataFrame)
+    assert sparsity_sweep(recorded_runs([])).empty and ablations(recorded_runs([])).empty

@@ -11,7 +11,7 @@ from feddip_lite.documents import markers, write_section
 from feddip_lite.experiments import NAMES, comparable, describe, labels, main_runs, profile_queue, recorded, train
 from feddip_lite.figures import accuracy_curves, accuracy_for_bytes, column_panels, families
 from feddip_lite.methods import METHODS
-from feddip_lite.report import agreement, frontier, paired, quantity, ranking, results_section
+from feddip_lite.report import frontier, paired, quantity, ranking, results_section
 from feddip_lite.results import headline, load_results
 from feddip_lite.style import COLOURS, save_figure
 
@@ -82,6 +82,14 @@ def test_curves_against_bytes_end_at_the_total_of_the_run(results):
     assert line.get_ydata()[-1] == run["accuracy"].iloc[-1]
 
 
+def test_each_seed_is_drawn_against_its_own_bytes(results):
+    runs = only(results, "FedAvg", seeds=(0, 1))
+    runs = runs.assign(mib=runs["mib"].where(runs["seed"] == 0, 3 * runs["mib"]))
+    lines = accuracy_curves({"Tiny": runs}, x=["mib"]).axes[0].lines
+    totals = runs.groupby("seed")["mib"].max().tolist()
+    assert [line.get_xdata()[-1] for line in lines] == totals and totals[1] == pytest.approx(3 * totals[0])
+
+
 def test_each_source_has_columns_of_its_own(results):
     iid = only(results, "FedAvg")
     figure = accuracy_curves({"Fresh": iid, "Recorded": iid, "Empty": iid.iloc[:0]}, x=["round"])
@@ -146,6 +154,12 @@ def test_labels_name_preset_and_changed_options(results):
     ]
 
 
+def test_runs_with_another_decay_have_another_setting(results):
+    first = results[results["run_id"] == results["run_id"].iloc[0]].drop(columns=list(experiments.ADDED))
+    usual, other = (describe(first.assign(lr_decay=decay))["setting"].iloc[0] for decay in (0.998 ** (1000 / 2), 0.5))
+    assert other == f"{usual}, lr decay 0.5"
+
+
 def test_nothing_recorded_is_an_empty_frame_with_the_same_columns(results, monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     empty = recorded("lite", dataset="digits")
@@ -203,12 +217,27 @@ def twice(results, accuracy):
 
 def test_seeds_of_one_order_agree_and_of_opposite_order_disagree(results):
     same, opposite = ranking(twice(results, lambda value: value / 2)), ranking(twice(results, lambda value: 1 - value))
-    methods = headline(twice(results, abs))["label"].nunique()
-    assert f"Kendall's tau: 1.00 (seeds 0 and 1, {methods} methods)" in same
-    assert f"Kendall's tau: -1.00 (seeds 0 and 1, {methods} methods)" in opposite
+    names = [label for label in labels(twice(results, abs)) if "upload" not in label]
+    methods = len(names)
+    assert f"Kendall's tau: 1.00 (seeds 0 and 1: {', '.join(names)})." in same
+    assert f"Kendall's tau: -1.00 (seeds 0 and 1: {', '.join(names)})." in opposite
     places = [row.split("|")[2:4] for row in same.splitlines()[2 : 2 + methods]]
     assert all(a == b for a, b in places) and sorted(int(a) for a, _ in places) == list(range(1, methods + 1))
-    assert "One seed so far" in ranking(only(results, "FedAvg", "FedDIP (repo)", seeds=(0,)))
+    assert "No two seeds" in ranking(only(results, "FedAvg", "FedDIP (repo)", seeds=(0,)))
+
+
+def test_places_are_sorted_by_the_seeds_that_all_methods_have(results):
+    both = only(results, "FedAvg", "FedDIP").assign(
+        accuracy=lambda runs: runs["label"].map({"FedAvg": 0.8, "FedDIP": 0.9})
+    )
+    lucky = only(results, "FedAvg", seeds=(0,)).assign(seed=3, run_id="lucky", accuracy=99.0)
+    rows = ranking(pd.concat([both, lucky])).splitlines()
+    assert rows[2] == "| FedDIP | 1 | 1 | 1 | - |" and rows[3] == "| FedAvg | 2 | 2 | 2 | 1 |"
+
+
+def test_without_a_common_seed_there_is_no_frontier(results):
+    apart = pd.concat([only(results, "FedAvg", seeds=(0,)), only(results, "FedDIP", seeds=(1,))])
+    assert frontier(apart) == "No seed that all methods have."
 
 
 def test_the_frontier_holds_whom_nobody_beats_in_both(results):
@@ -221,11 +250,14 @@ def test_the_frontier_holds_whom_nobody_beats_in_both(results):
         assert not beaten or f"{own['label']} ({own['accuracy']:.4f}, " not in said
 
 
-def test_there_is_a_verdict_for_three_seeds_and_none_for_two(results):
-    three = agreement(only(results, "FedAvg", "FedDIP"))
-    assert "FedDIP / FedAvg, total bytes" in three and three.count("no verdict") == 1  # FedDP was not run
-    assert 'Claim "fewer bytes travel than with FedAvg": agrees.' in three
-    assert agreement(only(results, "FedAvg", "FedDIP", seeds=(0, 1))).count("no verdict") == 3
+def test_two_runs_of_one_method_and_seed_are_never_averaged(results):
+    runs = headline(only(results, "FedAvg", "FedDIP"))
+    twice = pd.concat([runs, runs[(runs["label"] == "FedDIP") & (runs["seed"] == 1)]])
+    with pytest.raises(ValueError, match="FedDIP: two runs under seed 1; compare runs of one setting"):
+        paired(twice, "FedDIP", "FedAvg")
+    both = pd.concat([only(results, "FedAvg"), only(results, "FedAvg").assign(run_id="x")])
+    with pytest.raises(ValueError, match="duplicate"):
+        accuracy_curves({"Tiny": both})
 
 
 def test_the_table_has_the_numbers_of_the_runs(folder, results, monkeypatch):

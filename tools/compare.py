@@ -14,12 +14,13 @@ from pathlib import Path
 
 from scipy import stats
 
-from feddip_lite.results import config_of, read_run
+from feddip_lite.config import UNHASHED
+from feddip_lite.results import HEADLINE_ROWS, config_of, read_run
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
 ROUNDING = 1e-9  # runs that agree to the bit have an interval of width zero; their own value must count as inside
-NOT_THE_EXPERIMENT = {"seed", "device", "workers", "client_timeout"}  # who ran it where, not what was run
+NOT_THE_EXPERIMENT = UNHASHED | {"seed"}  # who ran it where, not what was run
 
 Run = tuple[str, int, float]  # run id, seed, accuracy
 Groups = dict[str, list[Run]]
@@ -29,7 +30,7 @@ def load(folder: Path) -> Groups:
     """All finished runs in `folder`, grouped by their configuration (as canonical JSON) without seed and machine.
 
     Raises:
-        ValueError: no such folder, or a damaged run; names it.
+        ValueError: no such folder, a damaged record, or one of something else than a run; names it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -37,7 +38,10 @@ def load(folder: Path) -> Groups:
     for path in sorted(folder.glob("*.json")):
         _, run = read_run(folder, path.stem)
         config = {key: value for key, value in config_of(run).items() if key not in NOT_THE_EXPERIMENT}
-        entry = (run["run_id"], run["config"]["seed"], run["final"]["mean_last_10"]["accuracy"])
+        if "final" not in run:
+            raise ValueError(f"{path}: no record of `run` or `sweep`, which alone have a final accuracy to compare")
+        accuracy = run["final"][f"mean_last_{HEADLINE_ROWS}"]["accuracy"]
+        entry = (run["run_id"], run["config"]["seed"], math.nan if accuracy is None else accuracy)
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(entry)
     return {key: sorted(runs, key=lambda run: run[1]) for key, runs in groups.items()}
 
