@@ -97,7 +97,7 @@ def file_sizes(models: pd.DataFrame, title: str) -> Figure:
         formula = 4 * own["weights"] * (1 - own["sparsity"])
         lines = {"dense file": own["dense_file"], "file: values and indices": own["file"]}
         lines |= {"message: values and coded mask": own["message"], "published formula 4n(1 - s)": formula}
-        looks = ((INK, "-"), (FORM_COLOURS[CSR], "o-"), (FORM_COLOURS[SHRUNK], "s-"), (INK, ":"))
+        looks = ((INK, "_-"), (FORM_COLOURS[CSR], "o-"), (FORM_COLOURS[SHRUNK], "s-"), (INK, "_:"))
         for (label, sizes), (colour, line) in zip(lines.items(), looks, strict=True):
             panel.plot(places, sizes / 2**10, line, color=colour, markersize=4, label=label)
         panel.set(title=name)
