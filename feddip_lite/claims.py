@@ -41,10 +41,10 @@ def claims_table(folder: Path, path: Path = RULES) -> str:
     sources = _sources(folder, profile, comparisons)
     for claim in document["claims"]:
         what = in_words(claim["measure"], claim["good"])
-        measured = list(_judge(claim, sources)) or [["-", what, "-", "not tested at this scale"]]
+        first, *others = list(_judge(claim, sources)) or [["-", what, "-", "not tested at this scale"]]
         link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)"
         said = claim["claim"] + " ‡" * claim.get("known", False)
-        rows += [[said, claim["source"], *measured[0], link], *(["", "", *cells, ""] for cells in measured[1:])]
+        rows += [[said, claim["source"], *first, link], *(["", "", *cells, ""] for cells in others)]
     settings = [f"- {runs['setting'].iloc[0]} (profile `{profile}`)\n" for runs in comparisons.values()]
     return "".join([*settings, "\n" * bool(settings), table(HEADS, rows), "\n\n", RULE])
 
