@@ -56,7 +56,7 @@ def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:
         for name, runs in main_runs(profile, folder).items():
             groups[f"{name}_{profile}_layers"] = profile, runs[(runs["split"] == "IID") & (runs["preset"] == "paper")]
     swept = sparsity_sweep(recorded("lite", folder, model="lenet5", dataset="fashionmnist", partition="iid"))
-    for target in sorted(swept["target_sparsity"].unique())[:: max(1, swept["target_sparsity"].nunique() - 1)]:
+    for target in swept["target_sparsity"].agg(["min", "max"]).dropna().unique():
         own = swept[swept["target_sparsity"] == target]
         groups[f"lenet5_fashionmnist_lite_layers_{target:g}"] = "lite", own
     found = {name: layers(folder / profile, runs[runs["changed"] == ""]) for name, (profile, runs) in groups.items()}
@@ -137,9 +137,9 @@ def across_seeds_table(pairs: pd.DataFrame) -> str:
     if pairs.empty:
         return "No two recorded runs with masks yet."
     names, rows = list(dict.fromkeys(pairs["layer"])), []
-    for (setting, split, label, sparsity), own in pairs.groupby(list(_ALIKE)):
+    for (sparsity, label, *_), own in pairs.groupby(["target_sparsity", "label", "setting", "split"]):
         means = own.groupby("layer")[["overlap", "chance"]].mean()
         cells = [f"{means.loc[name, 'overlap']:.3f} ({means.loc[name, 'chance']:.3f})" for name in names]
-        rows.append((sparsity, label, setting, split, str(own["seeds"].nunique()), *cells))
+        rows.append([f"{sparsity:g}", label, str(own["seeds"].nunique()), *cells])
     heads = ["target sparsity", "method", "pairs", *(f"{name}: overlap (by chance)" for name in names)]
-    return table(heads, ([f"{s:g}", label, *cells] for s, label, _, _, *cells in sorted(rows)))
+    return table(heads, rows)

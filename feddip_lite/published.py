@@ -35,11 +35,13 @@ def accuracies(root: Path) -> Named:
         readings = own[own["method"] == "feddip"]
         if readings["preset"].nunique() > 1:  # `memory` among them: beside all others its curve would hide the rest
             yield f"{name}_{profile}_presets", figures.accuracy_curves({title: readings}, x=["round"])
-        if not set(runs["method"]) <= set(HEADLINE) and len(comparable(runs)):
+        if set(runs["method"]) <= set(HEADLINE):
+            continue
+        if len(comparable(runs)):
             yield f"{name}_{profile}_methods", figures.accuracy_for_bytes(runs, title)
-            for split in splits(runs):
-                figure = figures.families(runs[runs["split"] == split], title)
-                yield f"{name}_{profile}_families_{split.split()[0].lower()}", figure
+        for split in splits(comparable(runs)):
+            figure = figures.families(runs[runs["split"] == split], title)
+            yield f"{name}_{profile}_families_{split.split()[0].lower()}", figure
 
 
 def masks(root: Path) -> Named:

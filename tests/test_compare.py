@@ -46,9 +46,10 @@ def test_a_run_is_judged_by_the_interval_of_three_seeds(tmp_path, capsys, accura
     assert word in capsys.readouterr().out
 
 
-def test_a_run_that_broke_down_is_outside(tmp_path):
+@pytest.mark.parametrize("accuracy", [float("nan"), None])  # None is what a record holds in place of NaN
+def test_a_run_that_broke_down_is_outside(tmp_path, accuracy):
     record(tmp_path / "recorded", [0.80, 0.82, 0.84])
-    record(tmp_path / "fresh", [None])  # what a record holds in place of NaN
+    record(tmp_path / "fresh", [accuracy])
     assert compare(tmp_path) == 1
 
 

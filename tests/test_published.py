@@ -26,11 +26,14 @@ drawn = {}
 
 @pytest.mark.parametrize("part", published.PARTS, ids=lambda part: part.__name__)
 def test_published_figures_follow_from_what_is_recorded(part, tmp_path):
-    """As text and numbers, so that another processor's last bits do not count."""
+    """As text, numbers and pixels, so that another processor's last bits do not count."""
     names = set()
     for name, figure in part(ROOT):
-        _, again = save_figure(figure, name, tmp_path)
+        image, again = save_figure(figure, name, tmp_path)
         plt.close(figure)
+        pixels, drawn_now = (plt.imread(path) for path in (ROOT / "figures" / image.name, image))
+        assert pixels.shape == drawn_now.shape, f"{name}: run make figures"
+        assert (np.abs(pixels - drawn_now) > 0.05).any(-1).mean() < 1e-4, f"{name}: run make figures"
         kept, fresh = (NAMES.sub("", path.read_text()) for path in (ROOT / "figures" / again.name, again))
         assert NUMBER.sub("", kept) == NUMBER.sub("", fresh), f"{name}: run make figures"
         numbers = (np.array(NUMBER.findall(text), float) for text in (kept, fresh))
