@@ -23,6 +23,7 @@ from torch import Tensor
 from . import __version__
 from .config import Config
 from .doctor import commit
+from .methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: notebooks find `params/`, `results/` and `figures/` below it from any working directory."""
@@ -133,25 +134,44 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     """(history, record) of a complete run, or None if there is none.
 
     Raises:
-        ValueError: the files are damaged; names the file and the remedy.
+        ValueError: the files are damaged, or the record is that of another run: its configuration has another id, as
+            after a changed default; names the file and the remedy.
     """
     path = Path(folder) / f"{run_id}.json"
     if not path.exists():
         return None
+    record, table_path = read_record(path), path.with_suffix(".csv")
+    table = table_path.read_bytes() if table_path.exists() else b""
+    if record["run_id"] != run_id or hashlib.sha256(table).hexdigest() != record["csv_sha256"]:
+        raise ValueError(f"{table_path}: does not match {path.name}; delete both to run again")
+    config = record["config"]
+    if config["method"] in METHODS and (right := Config.from_dict(config).run_id) != run_id:
+        raise ValueError(
+            f"{path}: a record of another run, since its configuration has the id {right} in this version; "
+            f"`python tools/rename_records.py {folder}` gives it that"
+        )
+    # Text first: Python's own float is exact, pandas' parser only from some version on.
+    history = pd.read_csv(io.BytesIO(table), dtype=str)
+    return history.astype({name: int if name in INTEGER_COLUMNS else float for name in history}), record
+
+
+def read_record(path: Path) -> dict:
+    """The JSON of a complete run, with all that was written.
+
+    Raises:
+        ValueError: it is damaged; names the file and the remedy.
+    """
     try:
         text = path.read_bytes()
         record = json.loads(text)
         if text != sealed(text.partition(_SEAL)[0]):
             raise ValueError("not what was written")
-        table = path.with_suffix(".csv").read_bytes()
-        expected, own_id = record["csv_sha256"], record["run_id"]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        del record["sha256"]
+        for name in ("run_id", "config", "csv_sha256"):
+            record[name]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: damaged result ({error}); delete it to run again") from error
-    if own_id != run_id or hashlib.sha256(table).hexdigest() != expected:
-        raise ValueError(f"{path.with_suffix('.csv')}: does not match {path.name}; delete both to run again")
-    # Text first: Python's own float is exact, pandas' parser only from some version on.
-    history = pd.read_csv(io.BytesIO(table), dtype=str)
-    return history.astype({name: int if name in INTEGER_COLUMNS else float for name in history}), record
+    return record
 
 
 def read_mask(folder: Path, run_id: str) -> Tensor | None:

@@ -73,7 +73,7 @@ def test_run_ids_of_single_changes_are_all_different():
     assert len({changed(name).run_id for name in FIELDS - UNHASHED}) == len(FIELDS - UNHASHED)
 
 
-@pytest.mark.parametrize("value", ["per_client", "none"])
+@pytest.mark.parametrize("value", ["shared", "none"])
 def test_run_id_depends_on_method_options(value):
     assert Config(method_options={"erk": value}).run_id != Config().run_id
 
@@ -89,8 +89,9 @@ def test_run_id_does_not_depend_on_spelling_defaults_out(settings):
 
 
 def test_run_id_of_a_preset_does_not_depend_on_spelling_its_options_out():
-    assert Config(preset="repo", method_options={"erk": "per_client"}).run_id == Config(preset="repo").run_id
-    assert Config(method_options={"erk": "per_client"}).run_id != Config(preset="repo").run_id
+    dense = {"bn_statistics": "dense"}
+    assert Config(preset="repo", method_options=dense).run_id == Config(preset="repo").run_id
+    assert Config(method_options=dense).run_id != Config(preset="repo").run_id
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,7 +105,7 @@ def test_resolved_fills_none_with_the_methods_own_values():
     config = Config().resolved()
     assert (config.initial_sparsity, config.mask_interval, config.penalty_max) == (0.5, 5, 1e-3)
     assert config.method_options == {
-        "erk": "shared", "mask_source": "dense_average", "server_memory": False, "upload": "dense",
+        "erk": "per_client", "erk_over": "weights", "mask_source": "dense_average", "server_memory": False, "upload": "dense",
         "lambda_schedule": "eq3", "norm": "plain", "bn_statistics": "masked", "test_leak": False,
         "normalisation": "correct", "shortcuts": "dense",
     }  # fmt: skip
@@ -116,7 +117,7 @@ def test_presets_flip_the_documented_options():
     repo, memory = (Config(preset=preset).resolved().method_options for preset in ("repo", "memory"))
     paper = Config().resolved().method_options
     assert {key: value for key, value in repo.items() if value != paper[key]} == {
-        "erk": "per_client", "mask_source": "masked_average", "lambda_schedule": "repo", "bn_statistics": "dense",
+        "mask_source": "masked_average", "lambda_schedule": "repo", "bn_statistics": "dense",
         "test_leak": True, "normalisation": "published",
     }  # fmt: skip
     assert {key: value for key, value in memory.items() if value != paper[key]} == {"server_memory": True}

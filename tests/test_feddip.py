@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import random_bools, random_vector, reply_of, state_of, tiny_config, tiny_data
 
+from feddip_lite.layout import Layout
 from feddip_lite.local import local_update
 from feddip_lite.methods.feddip import FedDIP, FedDP, add_norm_gradient_, add_square_gradient_
-from feddip_lite.plan import LocalPlan
+from feddip_lite.models import empty_model
+from feddip_lite.plan import LocalPlan, LocalResult
 from feddip_lite.schedules import penalty_at, published_penalty_at, sparsity_at
-from feddip_lite.sparsity import erk_densities, num_kept
+from feddip_lite.sparsity import erk_densities, num_kept, topk_mask
 
 PRESETS = pytest.mark.parametrize("preset", ["paper", "repo", "memory"])
 
@@ -113,7 +115,7 @@ def test_masks_are_nested_under_repo(train):
 
 
 def test_weights_regrow_under_paper_in_a_real_run(train):
-    rounds = train(tiny_config(rounds=4, mask_interval=1, target_sparsity=0.5))
+    rounds = train(tiny_config(rounds=4, mask_interval=1, target_sparsity=0.5, local_epochs=8, batch_size=16, width=0.5))
     assert sum(record.regrown for _, record in rounds[1:]) > 0
 
 
@@ -153,36 +155,71 @@ def test_weight_that_only_the_server_remembers_returns_under_memory(layout):
 # The mask of round 0 (D7)
 
 
-def test_shared_mask_of_round_0_is_erk_and_goes_out_with_the_first_download(layout):
-    method = method_of(layout)
+@PRESETS
+def test_masks_of_round_0_are_each_clients_own_and_unknown_to_the_server(layout, preset):
+    method = method_of(layout, preset)
     mask, memory = method.start()
-    assert memory == {}
-    slots = layout.prunable_slots
-    densities = erk_densities([slot.shape for slot in slots], 0.5)
-    sizes = [slot.stop - slot.start for slot in slots]
-    assert [int(slot.of(mask).sum()) for slot in slots] == [round(d * n) for d, n in zip(densities, sizes, strict=True)]
-    plans = [method.plan(method.offer(state_of(layout, mask), 0, client), {}, 0) for client in (1, 2)]
-    assert all(torch.equal(plan.mask, mask) for plan in plans)
-    assert torch.equal(plans[0].weights, layout.masked(state_of(layout).weights, mask))
-
-
-def test_shared_mask_of_round_0_is_a_function_of_the_seed(layout):
-    masks = [method_of(layout, seed=seed).start()[0] for seed in (1, 1, 2)]
-    assert torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[0], masks[2])
-
-
-def test_per_client_masks_of_round_0_differ_and_are_unknown_to_the_server(layout):
-    method = method_of(layout, "repo")
-    mask, _ = method.start()
     assert bool(mask.all())
+    assert memory == {}
     state = state_of(layout, mask)
     plans = [method.plan(method.offer(state, 0, client), {}, 0) for client in (1, 2, 1)]
     assert torch.equal(plans[0].mask, plans[2].mask)
     assert not torch.equal(plans[0].mask, plans[1].mask)
-    assert {int(plan.mask.sum()) for plan in plans} == {int(method_of(layout).start()[0].sum())}
     assert all(torch.equal(plan.weights, state.weights) for plan in plans)  # the broadcast itself is dense
     assert method.plan(method.offer(state, 1, 1), {}, 1).mask is None
+
+
+def test_masks_of_round_0_have_erk_densities_and_are_a_function_of_seed_and_client(layout):
+    slots = layout.prunable_slots
+    densities = erk_densities([slot.shape for slot in slots], 0.5)
+    sizes = [slot.stop - slot.start for slot in slots]
+    counts = [round(d * n) for d, n in zip(densities, sizes, strict=True)]
+    masks = []
+    for seed, client in ((1, 3), (1, 3), (1, 4), (2, 3)):
+        method = method_of(layout, seed=seed)
+        masks.append(method.plan(method.offer(state_of(layout), 0, client), {}, 0).mask)
+        assert [int(slot.of(masks[-1]).sum()) for slot in slots] == counts
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[3])
+
+
+@PRESETS
+def test_first_server_mask_is_the_magnitude_mask_of_dense_uploads(layout, preset):
+    method = method_of(layout, preset)
+    state = state_of(layout, method.start()[0])
+    trained = random_vector(layout.size, 3)
+    own_mask, losses = random_bools(layout.prunable), torch.zeros(1)
+    result = LocalResult(trained, state.buffers, own_mask, 10, losses, losses.mean())
+    reply, _ = method.reply(result, {}, 0)
+    assert torch.equal(reply.values, trained)  # what the client's mask prunes goes up, too
+    new = method.merge(state, {1: reply}, 0)
+    kept = num_kept(0.5, layout.prunable)
+    assert torch.equal(new.mask, topk_mask(new.weights[: layout.prunable].abs(), kept))
+
+
+@pytest.mark.parametrize("width", [0.125, 0.25, 1.0])
+def test_shortcuts_share_in_erk_and_come_out_dense(width):
+    layout = Layout.of(empty_model("resnet18", None, classes=100, width=width, channels=3, size=32))
+    over = {what: method_of(layout, erk_over=what).erk_mask(0) for what in ("weights", "prunable")}
+    slots = layout.weight_slots
+    shortcuts = slots[layout.num_prunable :]
+    assert [slot.name.split(".")[2] for slot in shortcuts] == ["shortcut"] * 3
+    densities = erk_densities([slot.shape for slot in slots], 0.5)
+    assert densities[layout.num_prunable :] == [1.0] * 3
+    size = {"weights": sum(slot.stop - slot.start for slot in shortcuts), "prunable": 0}
+    for what, mask in over.items():  # half of the weights counted are zero, and shortcuts have none of these zeros
+        assert int((~mask).sum()) == pytest.approx(0.5 * (layout.prunable + size[what]), abs=len(slots))
+
+
+def test_shared_mask_of_round_0_is_a_function_of_the_seed_and_goes_out_with_the_first_download(layout):
+    masks = [method_of(layout, seed=seed, erk="shared").start()[0] for seed in (1, 1, 2)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    method = method_of(layout, seed=1, erk="shared")
+    plans = [method.plan(method.offer(state_of(layout, masks[0]), 0, client), {}, 0) for client in (1, 2)]
+    assert all(torch.equal(plan.mask, masks[0]) for plan in plans)
+    assert torch.equal(plans[0].weights, layout.masked(state_of(layout).weights, masks[0]))
 
 
 def test_without_an_erk_mask_round_0_is_dense(layout):

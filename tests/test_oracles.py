@@ -123,7 +123,7 @@ def textbook_federation(config: Config, state, clients, method):
     remembered = copy.deepcopy(server)
     pruning = config.method != "fedavg"
     options = config.method_options
-    masks = masks_of(state.mask, layout) if pruning and config.preset != "repo" else {}
+    masks = {}
     steps = config.penalty_steps
     for t in range(config.rounds):
         sent = apply_masks(server, masks)
@@ -135,7 +135,7 @@ def textbook_federation(config: Config, state, clients, method):
             penalty = config.penalty_max * (steps * t // config.rounds) / steps
         for client in sample_cohort(config, t):
             own = masks
-            if pruning and config.preset == "repo" and t == 0:
+            if pruning and t == 0:  # every client has a random mask of its own, the download is dense (D7)
                 own = masks_of(method.erk_mask(derive(config.seed, "mask", t, client)), layout)
             shard = clients.train[client]
             tests = data.test_images[clients.test[client]].float() / data.scale
@@ -193,7 +193,8 @@ def test_three_rounds_agree_with_the_textbook(method, preset, partition, model, 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.05])
 def test_local_update_agrees_with_the_textbook(penalty):
-    config = Config(method="feddip", penalty_max=0.1, penalty_steps=2, **SMALL).resolved()
+    shared = {"erk": "shared"}  # a mask that the state has in every round
+    config = Config(method="feddip", penalty_max=0.1, penalty_steps=2, method_options=shared, **SMALL).resolved()
     state, clients, method = prepare(config)
     t, client = (2, 1) if penalty else (0, 1)  # Eq. 3 with two steps: 0, then half the peak
     assert method.penalty(t) == penalty
@@ -233,7 +234,7 @@ def test_feddp_with_memory_and_one_client_is_centralised_dpf():
     data = clients.data
     images, labels = data.train_images.float() / data.scale, data.train_labels
     module = build_model("lenet5", classes=10, width=0.5, channels=1, size=28, seed=derive(0, "initial weights"))
-    masks = masks_of(state.mask, method.layout)
+    masks = masks_of(method.erk_mask(derive(config.seed, "mask", 0, 0)), method.layout)  # the client's own (D7)
     for t in range(config.rounds):
         shuffle = torch_generator(config.seed, "shuffle", t, 0)
         order = clients.train[0][torch.randperm(len(labels), generator=shuffle)]

@@ -128,7 +128,7 @@ def test_damaged_or_missing_files_are_refused_naming_the_file(tmp_path):
             read_run(tmp_path, run_id)
     path.write_text(text)
     path.with_suffix(".csv").unlink()
-    with pytest.raises(ValueError, match=re.escape(f"{path}: damaged result")):
+    with pytest.raises(ValueError, match=re.escape(f"{run_id}.csv: does not match {run_id}.json")):
         read_run(tmp_path, run_id)
 
 

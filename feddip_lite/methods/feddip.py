@@ -1,7 +1,8 @@
 """FedDIP: dynamic pruning with error feedback, under a penalty that grows step by step; FedDP is FedDIP without it.
 
-Where paper and published code differ (D1, D7-D10, D12, D13, D17, D19), each choice is an option; `repo` takes the
-code's side and `memory` adds the server's dense memory (docs/deviations.md).
+Where the slides are silent, the published code decides. Where the two differ, or the code is at fault (D1, D8, D12,
+D13, D17), each choice is an option; `repo` takes the code's side and `memory` adds the server's dense memory
+(docs/deviations.md).
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class FedDP(Method):
     initial_sparsity: float = 0.5
     target_sparsity: float = 0.9
     mask_interval: int = 5
-    erk: str = setting("shared", one_of("shared", "per_client", "none"), "random ERK mask of round 0: whose (D7)")
+    erk: str = setting("per_client", one_of("per_client", "shared", "none"), "random ERK mask of round 0: whose (D7)")
+    erk_over: str = setting(
+        "weights", one_of("weights", "prunable"), "tensors that ERK spreads its density over: which (D7)"
+    )
     mask_source: str = setting(
         "dense_average", one_of("dense_average", "masked_average"), "average from which a mask is chosen (D8)"
     )
@@ -48,7 +52,6 @@ class FedDP(Method):
     presets = {
         "paper": {},
         "repo": {
-            "erk": "per_client",
             "mask_source": "masked_average",
             "bn_statistics": "dense",
             "test_leak": True,
@@ -67,14 +70,16 @@ class FedDP(Method):
         return self.erk_mask(derive(self.seed, "mask")), {}
 
     def erk_mask(self, seed: int) -> Tensor:
-        """A random mask (P,) at ERK densities of the initial sparsity."""
-        slots = self.layout.prunable_slots
+        """A random mask (P,) at ERK densities of the initial sparsity. ResNet's shortcuts, where they are not prunable,
+        have a share in the density, as in the published code, but stay dense (D7)."""
+        slots = self.layout.weight_slots if self.erk_over == "weights" else self.layout.prunable_slots
         densities = erk_densities([slot.shape for slot in slots], 1 - self.initial_sparsity)
-        return random_mask(self.layout, densities, torch.Generator().manual_seed(seed))
+        prunable = densities[: self.layout.num_prunable]
+        return random_mask(self.layout, prunable, torch.Generator().manual_seed(seed))
 
     def offer(self, state, t: int, client: int) -> Message:
         offer = super().offer(state, t, client)
-        if t > 0 or self.erk != "per_client":
+        if t > 0 or self.erk != "per_client" or not self.initial_sparsity:
             return offer
         seed = torch.tensor([derive(self.seed, "mask", t, client)])
         return replace(offer, extras={**offer.extras, "mask_seed": seed})
