@@ -11,28 +11,36 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .config import UNHASHED, Config
 from .methods.base import Memory
 from .results import atomic_write
 from .server import ServerState
 
-MAGIC = b"feddip_lite checkpoint 1\n"
+MAGIC = b"feddip_lite checkpoint 2\n"
 
 
 @dataclass
 class Progress:
-    """A run in progress: server state, client memories, rows so far, bytes not yet in a row, skipped clients, and the
-    training loss of the last round."""
+    """A run in progress: server state, client memories, rows so far, what is not yet in a row (bytes, regrown weights),
+    skipped clients, and the training loss of the last round. `row_mask` is the mask of the last row, before the first
+    row the one that the run began with."""
 
     state: ServerState
     memories: Mapping[int, Memory] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
+    row_mask: Tensor | None = None
     up_bytes: int = 0
     down_bytes: int = 0
+    regrown: int = 0
     skipped: list[dict] = field(default_factory=list)
     wall_seconds: float = 0.0
     train_loss: float | None = None
+
+    def __post_init__(self):
+        if self.row_mask is None:
+            self.row_mask = self.state.mask
 
 
 def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
@@ -43,6 +51,7 @@ def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
         "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
         "memory": dict(state.memory),
         "memories": {client: dict(memory) for client, memory in progress.memories.items()},
+        "row_mask": progress.row_mask,
         "rest": json.dumps({name: getattr(progress, name) for name in _REST}),
     }
     buffer = io.BytesIO()
@@ -67,7 +76,8 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
         content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
         there, here = json.loads(content["config"]), json.loads(_identity(config))
         state = ServerState(**content["state"], memory=content["memory"])
-        progress = Progress(state, content["memories"], **json.loads(content["rest"]))
+        rest = json.loads(content["rest"])
+        progress = Progress(state, content["memories"], row_mask=content["row_mask"], **rest)
     except Exception as error:  # whole, but not ours; torch and pickle raise many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(f"{path}: not a checkpoint ({reason}); delete it to start the run again") from error
@@ -83,4 +93,4 @@ def _identity(config: Config) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-_REST = ("rows", "up_bytes", "down_bytes", "skipped", "wall_seconds", "train_loss")
+_REST = ("rows", "up_bytes", "down_bytes", "regrown", "skipped", "wall_seconds", "train_loss")

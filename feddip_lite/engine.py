@@ -18,12 +18,13 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Config
 from .failures import ClientFailure
 from .federation import prepare
+from .kept_model import model_file
 from .layout import Layout, sha256_of
 from .methods import Method
 from .plan import Diverged
 from .results import COLUMNS, provenance, read_run, run_lock, save_run
 from .server import Clients, RoundRecord, ServerState, evaluate_state, run_round
-from .sparsity import kept_per_layer
+from .sparsity import jaccard, kept_per_layer
 
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
 
@@ -82,7 +83,7 @@ def execute(
             clients = connect(clients, method, config)
             last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
             facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, last))
-            left = {"layers": layers_of(method.layout, last.state), "mask": last.state.mask}
+            left = left_by(method.layout, last.state)
             save_run(folder, config, history_of(last, config), facts, last.skipped, **left)
         path.unlink(missing_ok=True)
         return read_run(folder, config.run_id)[0]
@@ -110,7 +111,8 @@ def _train(
                     now = time.monotonic()
                     progress.rows.append(_row(record, metrics, progress, now - row_start))
                     progress.wall_seconds += now - row_start
-                    progress.up_bytes = progress.down_bytes = 0
+                    progress.up_bytes = progress.down_bytes = progress.regrown = 0
+                    progress.row_mask = state.mask
                     row_start = now
                     bar.set_postfix_str(f"accuracy {metrics['accuracy']:.4f}", refresh=False)
                 bar.update()
@@ -158,12 +160,14 @@ def _bar_of(show: bool | tqdm, progress: Progress, config: Config):
 
 
 def advance(progress: Progress, clients: Clients, method: Method, config: Config) -> RoundRecord:
-    """One round: `progress` takes the new state, the clients' memories, the bytes, the loss, and who was skipped."""
+    """One round: `progress` takes the new state, the clients' memories, the bytes, the weights that returned, the loss,
+    and who was skipped."""
     remembering = replace(clients, memories=progress.memories)
     progress.state, record = run_round(progress.state, remembering, method, config)
     progress.memories = {**progress.memories, **record.memories}
     progress.up_bytes += record.up_bytes
     progress.down_bytes += record.down_bytes
+    progress.regrown += record.regrown
     progress.train_loss = record.train_loss
     for client, reason in record.skipped.items():
         progress.skipped.append({"round": record.round, "client": client, "reason": reason})
@@ -171,9 +175,12 @@ def advance(progress: Progress, clients: Clients, method: Method, config: Config
 
 
 def _row(record: RoundRecord, metrics: dict, progress: Progress, seconds: float) -> dict:
-    """A line of the history; the bytes are those since the line before."""
+    """A line of the history: bytes and regrown weights are summed over the rounds since the line before, the overlap is
+    that with its mask, all else is the last round's."""
     known = {name: getattr(record, name) for name in COLUMNS if hasattr(record, name)}
-    return {**known, **metrics, "up_bytes": progress.up_bytes, "down_bytes": progress.down_bytes, "seconds": seconds}
+    since = {name: getattr(progress, name) for name in ("up_bytes", "down_bytes", "regrown")}
+    overlap = jaccard(progress.row_mask, progress.state.mask)
+    return {**known, **metrics, **since, "mask_overlap": overlap, "seconds": seconds}
 
 
 def history_of(progress: Progress, config: Config) -> pd.DataFrame:
@@ -199,6 +206,12 @@ def facts_of(clients: Clients, config: Config, progress: Progress) -> dict:
         },
         "wall_seconds": progress.wall_seconds,
     }
+
+
+def left_by(layout: Layout, state: ServerState) -> dict:
+    """What a run leaves of its final state, as `save_run` takes it: layer by layer, the mask, the model's file."""
+    file = model_file(layout, state.weights, state.mask, state.buffers)
+    return {"layers": layers_of(layout, state), "mask": state.mask, "model": file}
 
 
 def layers_of(layout: Layout, state: ServerState) -> list[dict]:

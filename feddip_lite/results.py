@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from . import __version__
 from .config import Config
 from .doctor import commit
+from .kept_model import KeptModel, read_model_file
 from .methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,13 +93,21 @@ def run_lock(folder: Path, run_id: str):
 
 
 def save_run(
-    folder: Path, config: Config, history: pd.DataFrame, provenance: Mapping, skipped: list, layers=(), mask=None
+    folder: Path,
+    config: Config,
+    history: pd.DataFrame,
+    provenance: Mapping,
+    skipped: list,
+    layers: Sequence[dict] = (),
+    mask: Tensor | None = None,
+    model: bytes | None = None,
 ) -> None:
     """Record a run's history with its headline values, as `save_table` does, and what is left of the final model.
 
     Args:
         layers: a {name, shape, kept} per prunable tensor, `kept` of its weights not zero.
         mask: (P,) bool, written to `<run_id>.mask` unless it keeps everything; `read_mask` has it back.
+        model: written to `<run_id>.safetensors`; `read_model` has it back.
     """
     tail = history.tail(HEADLINE_ROWS)
     metrics = [name for name in METRICS if name in history]
@@ -112,6 +121,9 @@ def save_run(
         bits = zlib.compress(np.packbits(mask.cpu().numpy()).tobytes(), 9)
         atomic_write(folder / f"{config.run_id}.mask", bits)
         facts["mask_sha256"] = hashlib.sha256(bits).hexdigest()
+    if model is not None:
+        atomic_write(folder / f"{config.run_id}.safetensors", model)
+        facts["model_sha256"] = hashlib.sha256(model).hexdigest()
     save_table(folder, config, history, **facts)
 
 
@@ -194,6 +206,24 @@ def read_mask(folder: Path, run_id: str) -> Tensor | None:
     if hashlib.sha256(bits).hexdigest() != record["mask_sha256"]:
         raise ValueError(f"{path}: does not match {run_id}.json; delete that to run again")
     return torch.from_numpy(np.unpackbits(np.frombuffer(zlib.decompress(bits), np.uint8), count=count).view(np.bool_))
+
+
+def read_model(folder: Path, run_id: str) -> KeptModel:
+    """The sparse model that a recorded run ended with.
+
+    Raises:
+        ValueError: the file is damaged; names it and the remedy.
+        FileNotFoundError: there is no such run, or no file of its model: models above 100 KiB are not in the
+            repository, and runs recorded before there were model files left none.
+    """
+    stored, path = read_run(folder, run_id), Path(folder) / f"{run_id}.safetensors"
+    if stored is None:
+        raise FileNotFoundError(f"{path.with_suffix('.json')}: no such run")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: the model of this run is not here; run its configuration again to have it")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != stored[1].get("model_sha256"):
+        raise ValueError(f"{path}: does not match {run_id}.json; delete that to run again")
+    return read_model_file(path)
 
 
 def config_of(record: Mapping) -> dict:

@@ -151,9 +151,9 @@ def csv_without_seconds(path: Path) -> list[str]:
 
 
 def record_files(*run_ids: str) -> list[str]:
-    """The names of the files that these runs leave, sorted; a run that ends dense has no mask."""
+    """The names of the files that these runs leave, sorted; a run that ends dense has no mask file."""
     sparse = [run_id for run_id in run_ids if not run_id.startswith(("fedavg", "fedlp", "remembering"))]
-    files = [f"{run_id}.{kind}" for run_id in run_ids for kind in ("csv", "json")]
+    files = [f"{run_id}.{kind}" for run_id in run_ids for kind in ("csv", "json", "safetensors")]
     return sorted(files + [f"{run_id}.mask" for run_id in sparse])
 
 

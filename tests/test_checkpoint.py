@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
     "settings",
     [
         {"mask_interval": 2},
-        {"preset": "memory", "eval_every": 3},
+        {"preset": "memory", "eval_every": 3, "mask_interval": 1},
         {"method": "remembering", "clients": 3},  # so that clients are drawn again
         {"model": "resnet18", "width": 0.02},
     ],

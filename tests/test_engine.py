@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -31,6 +32,7 @@ from feddip_lite.methods import METHODS
 from feddip_lite.models import build_model
 from feddip_lite.results import COLUMNS, read_run
 from feddip_lite.server import evaluate_state, sample_cohort
+from feddip_lite.sparsity import jaccard
 
 
 def test_history_has_a_row_per_round_and_the_columns_of_a_results_file():
@@ -72,16 +74,35 @@ def test_run_without_a_results_folder_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rare_evaluation_shares_its_rows_and_sums_the_bytes_between_them():
-    config = tiny_config(rounds=7, mask_interval=2, **FAST)
+GROWING = {"mask_interval": 2, "target_sparsity": 0.5, "local_epochs": 4, "batch_size": 16, "width": 0.5}
+"""With these, some pruned weights return."""
+
+
+@pytest.mark.parametrize("eval_every", [2, 3, 5])
+def test_rare_evaluation_shares_its_rows_and_sums_what_happened_between_them(train, eval_every):
+    config = tiny_config(rounds=7, lr=0.2, **GROWING)
     every = run(config, progress=False)
-    rare = run(replace(config, eval_every=5), progress=False)
-    assert rare["round"].tolist() == [4, 6]  # the last round is always evaluated
-    shared = every[every["round"].isin([4, 6])].reset_index(drop=True)
-    bytes_ = ["up_bytes", "down_bytes"]
-    assert same_history(rare.drop(columns=bytes_), shared.drop(columns=bytes_))
-    for name in bytes_:
-        assert rare[name].tolist() == [every[name][:5].sum(), every[name][5:].sum()]
+    rare = run(replace(config, eval_every=eval_every), progress=False)
+    ends = [t for t in range(7) if (t + 1) % eval_every == 0 or t == 6]  # the last round is always evaluated
+    assert rare["round"].tolist() == ends
+    shared = every[every["round"].isin(ends)].reset_index(drop=True)
+    summed = ["up_bytes", "down_bytes", "regrown"]
+    others = [*summed, "mask_overlap"]
+    assert same_history(rare.drop(columns=others), shared.drop(columns=others))
+    assert every["regrown"].sum() > 0
+    for name in summed:
+        assert rare[name].tolist() == np.diff(every[name].cumsum()[ends], prepend=0).tolist()
+    masks = [state.mask for state, _ in train(config)]
+    before = [torch.ones_like(masks[0]), *(masks[t] for t in ends)]
+    assert rare["mask_overlap"].tolist() == [jaccard(a, masks[t]) for a, t in zip(before, ends, strict=False)]
+
+
+def test_a_row_per_round_is_what_the_rounds_say_of_themselves(train):
+    config = tiny_config(rounds=5, lr=0.2, **GROWING)
+    rows = run(config, progress=False)
+    records = [record for _, record in train(config)]
+    for name in ("regrown", "mask_overlap", "up_bytes", "down_bytes"):
+        assert rows[name].tolist() == [getattr(record, name) for record in records]
 
 
 @pytest.mark.parametrize("partition", ["iid", "pathological"])
@@ -205,4 +226,4 @@ def test_two_processes_asked_for_the_same_run_compute_it_once(tmp_path):
     answers = [output.splitlines()[-1].split() for output in finish(*pair)]
     assert sorted(int(answer[0]) for answer in answers) == [0, 20]
     assert answers[0][1:] == answers[1][1:]  # both return the history of the one that computed
-    assert [name.rpartition(".")[2] for name in names(tmp_path)] == ["csv", "json"]
+    assert [name.rpartition(".")[2] for name in names(tmp_path)] == ["csv", "json", "safetensors"]

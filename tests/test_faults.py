@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import flags, interrupted, names, read_outputs, record_files, same_history, tiny_config
 from test_results import history_of
-from victims import LAYERS, MASK, STEPS, Faults, child, doomed_checkpoint, doomed_record, limited
+from victims import LAYERS, MASK, MODEL, STEPS, Faults, child, doomed_checkpoint, doomed_record, limited
 
 from feddip_lite import run
 from feddip_lite.__main__ import main
@@ -78,10 +78,10 @@ def test_checkpoint_is_the_old_one_or_the_new_one_at_every_step(tmp_path, monkey
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("suffix", [".csv", ".mask", ".json"])
+@pytest.mark.parametrize("suffix", [".csv", ".mask", ".safetensors", ".json"])
 @pytest.mark.parametrize("death", [errno.ENOSPC, "kill -9"], ids=str)
 def test_result_is_complete_or_not_there_at_every_step(tmp_path, monkeypatch, death, suffix, step):
-    config, history, left = CONFIG.resolved(), history_of(), {"layers": LAYERS, "mask": MASK}
+    config, history, left = CONFIG.resolved(), history_of(), {"layers": LAYERS, "mask": MASK, "model": MODEL}
     if death == "kill -9":
         process = child(doomed_record, tmp_path, config, history, step, suffix)
         process.join(60)
@@ -99,6 +99,7 @@ def test_result_is_complete_or_not_there_at_every_step(tmp_path, monkeypatch, de
         save_run(tmp_path, config, history, {}, [], **left)
     assert read_run(tmp_path, config.run_id)[0].equals(history)
     assert torch.equal(read_mask(tmp_path, config.run_id), MASK)
+    assert (tmp_path / f"{config.run_id}.safetensors").read_bytes() == MODEL
     assert names(tmp_path) == record_files(config.run_id)
 
 

@@ -196,12 +196,13 @@ def doomed_checkpoint(source: Path, path: Path, config, step: str) -> None:
 
 LAYERS = [{"name": "fc", "shape": [2, 3], "kept": 2}]
 MASK = torch.tensor([True, False, False, True, False, False])
+MODEL = b"what a model's file holds"
 
 
 def doomed_record(folder: Path, config, history, step: str, suffix: str) -> None:
     """`save_run`, killed at `step` of the file that ends in `suffix`."""
     Faults(step, die, suffix).install()
-    results.save_run(folder, config, history, {}, [], LAYERS, MASK)
+    results.save_run(folder, config, history, {}, [], LAYERS, MASK, MODEL)
 
 
 def limited(arguments: list[str], report: Path, limit: str) -> int:
