@@ -21,7 +21,6 @@ from feddip_lite import run
 from feddip_lite.federation import prepare
 from feddip_lite.local import local_update
 from feddip_lite.methods.feddst import FedDST, mean_where_kept, replaceable, without_smallest
-from feddip_lite.plan import LocalResult
 from feddip_lite.server import run_round
 from feddip_lite.sparsity import erk_densities, kept_per_layer
 
@@ -41,7 +40,7 @@ def begun(method, seed=0):
 
 def readjusting(method):
     """The first round in which clients readjust."""
-    return 0 if method.readjust_in == "first" else method.mask_interval - 1
+    return 1 if method.readjust_in == "second" else method.mask_interval - 1
 
 
 def trained(method, model, state, t, memory=None, client=3):
@@ -91,7 +90,7 @@ def test_first_mask_of_repo_is_random_and_a_function_of_the_seed(layout):
 
 
 @pytest.mark.parametrize(
-    ("preset", "rounds", "until"), [("paper", [0, 4, 8], 10), ("repo", [3, 7, 11, 15, 19], 20)], ids=["paper", "repo"]
+    ("preset", "rounds", "until"), [("paper", [1, 5, 9], 10), ("repo", [3, 7, 11, 15, 19], 20)], ids=["paper", "repo"]
 )
 def test_share_replaced_falls_along_a_cosine_in_the_rounds_that_readjust_and_is_0_in_all_others(
     layout, preset, rounds, until
@@ -106,7 +105,7 @@ def test_share_replaced_falls_along_a_cosine_in_the_rounds_that_readjust_and_is_
 def test_rounds_without_readjustment_are_masked_sgd_and_send_no_mask(layout, model, preset):
     method = method_of(layout, preset)
     state = begun(method)
-    plan, result, reply, memory = trained(method, model, state, 1)
+    plan, result, reply, memory = trained(method, model, state, 2)
     assert plan.then is None
     assert plan.project
     assert reply.mask is None
@@ -115,15 +114,17 @@ def test_rounds_without_readjustment_are_masked_sgd_and_send_no_mask(layout, mod
 
 
 @PRESETS
-def test_gradient_that_decides_growth_is_taken_at_the_pruned_weights_after_training(layout, model, preset):
+def test_gradient_that_decides_growth_is_taken_at_the_trained_weights_before_the_drop(layout, model, preset):
     method = method_of(layout, preset)
     state, t = begun(method), readjusting(method)
     plan, result, *_ = trained(method, model, state, t)
+    assert plan.final_gradient == method.grow_by
     alone = local_update(
         model, replace(plan, then=None), tiny_data(), torch.arange(12), tiny_config(batch_size=5), t, 3
     )
+    assert torch.equal(result.parts[0].gradient, alone.gradient)
     second = plan.then(alone)
-    assert (second.epochs, second.final_gradient) == (0, method.grow_by)
+    assert (second.epochs, second.final_gradient) == (0, None)
     assert torch.equal(second.weights, layout.masked(alone.weights, second.mask))
     assert bool((state.mask & ~second.mask).any())
     assert torch.equal(result.mask, second.mask)
@@ -145,7 +146,7 @@ def test_a_client_drops_the_smallest_and_grows_the_largest_gradients_of_each_lay
         dropped, grown = before & ~pruned, after & ~pruned
         assert int(dropped.sum()) == int(grown.sum()) == round(share * count) > 0
         assert slot.of(magnitudes)[dropped].max() <= slot.of(magnitudes)[pruned].min()
-        gradient = slot.of(result.gradient).abs()
+        gradient = slot.of(result.parts[0].gradient).abs()
         assert gradient[grown].min() >= gradient[~after].max()
 
 
@@ -164,17 +165,10 @@ def test_permuting_gradients_permutes_what_grows(layout):
     mask = without_smallest(layout, begun(method).mask, random_vector(layout.size), [5, 20])
     order = torch.cat([torch.randperm(27), 27 + torch.randperm(192)])
 
-    def grown(gradient, mask):
-        loss = torch.tensor(1.0, dtype=torch.float64)
-        weights = layout.masked(random_vector(layout.size), mask)
-        return method.reply(
-            LocalResult(weights, torch.ones(6), mask, 12, torch.ones(3), loss, gradient=gradient), {}, 0
-        )[0].mask
-
     gradient = random_vector(layout.size, 7)
     permuted = torch.cat([gradient[: layout.prunable][order], gradient[layout.prunable :]])
-    assert torch.equal(grown(permuted, mask[order]), grown(gradient, mask)[order])
-    assert not torch.equal(grown(permuted, mask), grown(gradient, mask))
+    assert torch.equal(method.regrown(mask[order], permuted), method.regrown(mask, gradient)[order])
+    assert not torch.equal(method.regrown(mask, permuted), method.regrown(mask, gradient))
 
 
 def test_a_dense_layer_stays_as_it_is(layout):
@@ -281,7 +275,7 @@ def test_a_client_of_repo_keeps_the_mask_it_readjusted_whatever_the_server_sends
 
 def test_nothing_is_readjusted_at_sparsity_0(layout, model):
     method = method_of(layout, target_sparsity=0.0)
-    plan, _, reply, _ = trained(method, model, begun(method), 0)
+    plan, _, reply, _ = trained(method, model, begun(method), readjusting(method))
     assert plan.mask is None
     assert reply.mask is None
 

@@ -24,20 +24,21 @@ def ballot(*kept, size=219):
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5, 10, 1000])
-@pytest.mark.parametrize("share", [0.01, 0.2, 0.99])
-def test_both_stages_have_a_round_whenever_there_are_two(layout, rounds, share):
-    method = method_of(layout, rounds=rounds, mask_share=share)
-    assert 1 <= method.mask_rounds <= max(1, rounds - 1)
+@pytest.mark.parametrize("mask_rounds", [1, 2, 10, 2000])
+def test_both_stages_have_a_round_whenever_there_are_two(layout, rounds, mask_rounds):
+    method = method_of(layout, rounds=rounds, mask_rounds=mask_rounds)
+    assert 1 <= method.exchanges <= max(1, rounds - 1)
+    assert method.exchanges == mask_rounds or mask_rounds >= rounds
 
 
-def test_stage_one_leaves_the_weights_alone_and_ends_exactly_at_the_target(train):
-    rounds = train(tiny_config(method="mpfl", rounds=6, method_options={"mask_share": 0.5}))
+def test_stage_one_leaves_the_weights_alone_rises_linearly_from_0_and_ends_exactly_at_the_target(train):
+    rounds = train(tiny_config(method="mpfl", rounds=6, method_options={"mask_rounds": 4}))
     states = [state for state, _ in rounds]
-    assert torch.equal(states[0].weights, states[2].weights)
-    assert not torch.equal(states[2].weights, states[3].weights)
+    assert torch.equal(states[0].weights, states[3].weights)
+    assert not torch.equal(states[3].weights, states[4].weights)
     prunable = len(states[0].mask)
     kept = [int(state.mask.sum()) for state in states]
-    assert kept == [num_kept(0.9 * (1 - (1 - m / 3) ** 3), prunable) for m in (1, 2, 3, 3, 3, 3)]
+    assert kept == [num_kept(sparsity, prunable) for sparsity in (0.0, 0.3, 0.6, 0.9, 0.9, 0.9)]
     masks = [state.mask for state in states]
     assert all(not bool((new & ~old).any()) for old, new in zip(masks, masks[1:], strict=False))
 
@@ -64,17 +65,17 @@ def test_upload_of_stage_one_is_one_bit_per_prunable_weight_and_a_header(layout,
 def test_upload_of_stage_one_is_the_clients_largest_magnitudes_within_the_current_mask(layout):
     method = method_of(layout)
     mask = random_bools(layout.prunable, 0.9)
-    state = started(method, mask)
-    trained = answers(replace(method, rounds=1, mask_share=0.5, target_sparsity=0.0), state)  # keeps everything
+    state = started(method, mask, t=4)
+    trained = answers(replace(method, target_sparsity=0.0), state)  # keeps everything
     assert all(torch.equal(reply.mask, mask) for reply in trained.values())
     for reply in answers(method, state).values():
         assert not bool((reply.mask & ~mask).any())
-        assert int(reply.mask.sum()) == num_kept(0.9 * (1 - (1 - 1 / 4) ** 3), layout.prunable)
+        assert int(reply.mask.sum()) == num_kept(0.9 * 4 / 9, layout.prunable)
 
 
 def test_clients_disagree_and_train_under_the_current_mask(layout):
     method = method_of(layout)
-    replies = answers(method, started(method, random_bools(layout.prunable, 0.9)), local_epochs=5)
+    replies = answers(method, started(method, random_bools(layout.prunable, 0.9), t=4), local_epochs=5)
     masks = [reply.mask for reply in replies.values()]
     assert not all(torch.equal(mask, masks[0]) for mask in masks)
 

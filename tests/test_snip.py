@@ -70,7 +70,7 @@ def test_permuting_the_scores_permutes_the_mask(layout):
 
 
 def test_scores_are_the_normalised_sensitivity_to_a_factor_on_each_connection(layout):
-    method = method_of(layout, scored_data="epoch")
+    method = method_of(layout, scored_data="epoch", scored_weights="initial")
     state = started(method, dense(layout))
     reply = answers(method, state, samples=(4,))[0]  # one batch of 4
     data = tiny_data(4)
@@ -117,8 +117,8 @@ def test_repo_scores_at_xavier_weights_that_all_clients_share(layout):
 
 def test_xavier_scoring_weights_are_a_function_of_the_seed_and_change_the_mask(layout):
     weights, masks = [], []
-    for preset, seed in (("repo", 0), ("repo", 1), ("repo", 0), ("paper", 0)):
-        method = method_of(layout, preset, seed=seed)
+    for scored, seed in (("xavier", 0), ("xavier", 1), ("xavier", 0), ("initial", 0)):
+        method = method_of(layout, scored_weights=scored, seed=seed)
         state = started(method, dense(layout))
         weights.append(method.plan(method.offer(state, 0, 0), {}, 0).weights)
         masks.append(method.merge(state, answers(method, state), 0).mask)

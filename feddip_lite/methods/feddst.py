@@ -24,8 +24,9 @@ class FedDST(Method):
     """Federated dynamic sparse training (Bibikar et al. 2022); published code bibikar/feddst `dst.py`, `models.py`.
 
     Every `mask_interval` rounds, after local training, a client drops a cosine-annealed share of each layer's weights
-    by magnitude and grows as many by |gradient|, taken at the pruned weights; grown weights start at 0. The server
-    averages each coordinate over those who kept it and prunes every layer back to its ERK count.
+    by magnitude and grows as many by |gradient|, taken at the trained weights before the drop, as both published
+    codes do; grown weights start at 0. The server averages each coordinate over those who kept it and prunes every
+    layer back to its ERK count.
 
     Preset `repo` is the variant of FedDIP's authors (`feddst.py`, `client.py:train_model_dst`): a random first mask;
     masks that change in the last round of each interval rather than the first; clients that keep their own mask from
@@ -34,7 +35,9 @@ class FedDST(Method):
 
     Deviations: growth by the gradient of the training loss, over pruned coordinates only (published code: of softmax
     fed to cross-entropy, over all coordinates; FedDIP's authors: of `nll_loss` on raw logits). The annealing factor
-    counts once. ERK densities as for all methods here. No more weights of a layer are dropped than are pruned there,
+    counts once. ERK densities as for all methods here and in FedDIP's code; FedDST's own formula makes layers nearly
+    alike, which leaves the untrained AlexNet a quarter of the signal that these leave (docs/deviations.md). No more
+    weights of a layer are dropped than are pruned there,
     so a dense layer stays as it is. Under `repo` a client that never readjusted follows the server's mask, and an own
     mask travels with its weights, since otherwise the server could not place them.
     """
@@ -46,7 +49,9 @@ class FedDST(Method):
 
     target_sparsity: float = 0.9
     mask_interval: int = 15
-    readjust_in: str = setting("first", one_of("first", "last"), "round of each interval in which masks change: which")
+    readjust_in: str = setting(
+        "second", one_of("first", "second", "last"), "round of each interval in which masks change: which"
+    )
     replaced: float = setting(
         0.01, real("[0, 1]"), "share of a layer's kept weights replaced at first (published commands: 0.01)"
     )
@@ -79,8 +84,10 @@ class FedDST(Method):
 
     def share(self, t: int) -> float:
         """Share of each layer's kept weights that clients replace in round t; 0 = no readjustment."""
-        rounds_since = (t if self.readjust_in == "first" else t + 1) % self.mask_interval
-        return 0.0 if rounds_since else cosine_at(t, self.replaced, self.replace_until * self.rounds)
+        first = {"first": 0, "second": 1, "last": self.mask_interval - 1}[self.readjust_in]
+        if (t - first) % self.mask_interval:
+            return 0.0
+        return cosine_at(t, self.replaced, self.replace_until * self.rounds)
 
     def start(self) -> tuple[Tensor, Memory]:
         return random_mask(self.layout, self.densities, torch_generator(self.seed, "mask")), {}
@@ -103,24 +110,24 @@ class FedDST(Method):
             drop = replaceable(self.layout, plan.mask, self.share(t))
             mask = without_smallest(self.layout, plan.mask, weights, drop)
             start = self.layout.masked(result.weights, mask)
-            return LocalPlan(start, mask, result.buffers, epochs=0, final_gradient=self.grow_by)
+            return LocalPlan(start, mask, result.buffers, epochs=0)
 
-        return replace(plan, then=pruned)
+        return replace(plan, final_gradient=self.grow_by, then=pruned)
 
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
         mask = result.mask
-        if result.gradient is not None:
-            mask = self.regrown(result)
+        if result.parts:
+            mask = self.regrown(mask, result.parts[0].gradient)
             memory = {"mask": mask} if self.own_masks else memory
         elif "mask" not in memory:
             return super().reply(result, memory, t)
         return replace(message_of(result, self.layout.pack(result.weights, mask)), mask=mask), memory
 
-    def regrown(self, result: LocalResult) -> Tensor:
-        """The mask of a pruned result, filled up to each layer's count where |gradient| is largest."""
-        kept = kept_per_layer(self.layout, result.mask)
+    def regrown(self, mask: Tensor, gradient: Tensor) -> Tensor:
+        """The pruned `mask` (P,), filled up to each layer's count where |gradient| ((n,)) is largest."""
+        kept = kept_per_layer(self.layout, mask)
         missing = [max(0, count - now) for count, now in zip(self.counts, kept, strict=True)]
-        return result.mask | layerwise_mask(self.layout, strength(result.gradient, ~result.mask), missing)
+        return mask | layerwise_mask(self.layout, strength(gradient, ~mask), missing)
 
     def merge(self, state, replies: Replies, t: int):
         if all(reply.mask is None for reply in replies.values()):

@@ -35,7 +35,8 @@ class PruneFL(Method):
 
     Deviations: times are computed, not measured, or no run could be repeated. The initial pruning is that of round 0,
     by its ordinary cohort (published: many steps at one client, which is privileged). Squared gradients are those of
-    the one round that chooses. What stays without question is a share of what the ceiling lets through, since
+    the one round that chooses (published: added up over all rounds since the last choice), and of prunable weights
+    alone (published: of biases, too). What stays without question is a share of what the ceiling lets through, since
     otherwise a falling ceiling would leave no room for a choice.
     """
 
@@ -56,7 +57,7 @@ class PruneFL(Method):
         1.0, real("[0, inf)"), "how often that share is halved by the end (published: once in 10 000 of 10 001 rounds)"
     )
     ceiling_until: float = setting(
-        0.75, real("[0, 1]"), "share of the rounds after which the ceiling is the target (published: all)"
+        1.0, real("[0, 1]"), "share of the rounds after which the ceiling is the target (published: all)"
     )
     seconds_per_flop: float = setting(
         6e-8, real("[0, inf)"), "round time per FLOP of one sample (assumed: 100 samples, three passes, 5 GFLOP/s)"

@@ -21,11 +21,12 @@ class SNIP(Method):
     |w*g| over its sum, P numbers; the server keeps the top of the weighted mean, globally, and leaves the weights
     alone. From round 1 on masked SGD on that mask.
 
-    `paper` scores at the weights that training starts from, `repo` at weights drawn anew (Xavier, normal) for
-    scoring only, from a seed in the download. Deviations from the paper: one batch per client instead of one; from
-    the published code: no client 0 that scores alone, cross-entropy instead of `nll_loss` of raw logits, ResNet's
-    shortcuts stay dense.
-    Source: Lee et al., ICLR 2019; published FedDIP code `functions_new.py:SNIP_modified`, `snip.py`.
+    Scores are taken at weights drawn anew (Xavier, normal) for scoring only, from a seed in the download: both
+    published codes score at variance-scaled weights that training does not start from. Deviations from the paper: one
+    batch per client instead of one; from the published code: no client 0 that scores alone, cross-entropy instead of
+    `nll_loss` of raw logits, ResNet's shortcuts stay dense, the round that scores trains nothing.
+    Source: Lee et al., ICLR 2019, namhoonlee/snip-public `model.py`; published FedDIP code
+    `functions_new.py:SNIP_modified`, `snip.py`.
     """
 
     about = About(
@@ -34,10 +35,10 @@ class SNIP(Method):
     )  # fmt: skip
 
     target_sparsity: float = 0.9
-    scored_weights: str = setting("initial", one_of("initial", "xavier"), "weights at which clients score")
+    scored_weights: str = setting("xavier", one_of("xavier", "initial"), "weights at which clients score")
     scored_data: str = setting("batch", one_of("batch", "epoch"), "what they score on: one batch, or all they have")
 
-    presets = {"paper": {}, "repo": {"scored_weights": "xavier"}}
+    presets = {"paper": {}, "repo": {}}
 
     def offer(self, state, t: int, client: int) -> Message:
         offer = super().offer(state, t, client)
