@@ -126,7 +126,8 @@ def as_published(dataset: Dataset) -> Dataset:
     standard deviation are divided by 255 a second time (docs/deviations.md D17); any other data set as it is."""
     if dataset.name != "cifar100":
         return dataset
-    return replace(dataset, **{key: tuple(value / 255 for value in values) for key, values in PUBLISHED_CIFAR100.items()})
+    twice = {key: tuple(value / 255 for value in values) for key, values in PUBLISHED_CIFAR100.items()}
+    return replace(dataset, **twice)
 
 
 def fit_images(dataset: Dataset, channels: int, size: int) -> Dataset:

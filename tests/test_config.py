@@ -105,8 +105,8 @@ def test_resolved_fills_none_with_the_methods_own_values():
     config = Config().resolved()
     assert (config.initial_sparsity, config.mask_interval, config.penalty_max) == (0.5, 5, 1e-3)
     assert config.method_options == {
-        "erk": "per_client", "erk_over": "weights", "mask_source": "dense_average", "server_memory": False, "upload": "dense",
-        "lambda_schedule": "eq3", "norm": "plain", "bn_statistics": "masked", "test_leak": False,
+        "erk": "per_client", "erk_over": "weights", "mask_source": "dense_average", "server_memory": False,
+        "upload": "dense", "lambda_schedule": "eq3", "norm": "plain", "bn_statistics": "masked", "test_leak": False,
         "normalisation": "correct", "shortcuts": "dense",
     }  # fmt: skip
     assert Config(method="fedprox").resolved().method_options == {"mu": 0.01}

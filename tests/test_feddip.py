@@ -115,7 +115,8 @@ def test_masks_are_nested_under_repo(train):
 
 
 def test_weights_regrow_under_paper_in_a_real_run(train):
-    rounds = train(tiny_config(rounds=4, mask_interval=1, target_sparsity=0.5, local_epochs=8, batch_size=16, width=0.5))
+    enough = {"local_epochs": 8, "batch_size": 16, "width": 0.5}
+    rounds = train(tiny_config(rounds=4, mask_interval=1, target_sparsity=0.5, **enough))
     assert sum(record.regrown for _, record in rounds[1:]) > 0
 
 

@@ -40,7 +40,8 @@ def test_a_run_leaves_its_last_sparse_model_and_says_its_checksum(tmp_path, sett
     config = tiny_config(**settings)
     run(config, results_dir=tmp_path, progress=False)
     record, kept = read_run(tmp_path, config.run_id)[1], read_model(tmp_path, config.run_id)
-    assert hashlib.sha256((tmp_path / f"{config.run_id}.safetensors").read_bytes()).hexdigest() == record["model_sha256"]
+    file = tmp_path / f"{config.run_id}.safetensors"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == record["model_sha256"]
     counts = [torch.count_nonzero(kept.state_dict()[layer["name"]]).item() for layer in record["layers"]]
     assert counts == [layer["kept"] for layer in record["layers"]]
     assert torch.equal(kept.mask, read_mask(tmp_path, config.run_id))
