@@ -13,11 +13,11 @@ from dataclasses import fields
 from . import doctor
 from .checks import refuse_unknown
 from .config import Config
-from .engine import OutOfTime, execute, progress_bar, run
+from .engine import OutOfTime, execute, is_divergence, progress_bar, run
 from .failures import ClientFailure
 from .plan import Diverged
 from .profiles import load_profile
-from .results import read_run
+from .results import Held, read_run
 
 FAILED = 1
 BAD_INPUT = 2
@@ -128,20 +128,30 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
     stored = [read_run(given.results, config.run_id) is not None for config in configs]
     done = sum(config.rounds for config, is_there in zip(configs, stored, strict=True) if is_there)
     total = sum(config.rounds for config in configs)
+    diverged = 0
     with progress_bar(total, f"{sum(stored)}/{len(configs)} runs", initial=done, show=not given.quiet) as bar:
         for number, (config, is_there) in enumerate(zip(configs, stored, strict=True), 1):
             bar.set_description_str(f"run {number}/{len(configs)} {config.run_id}")
             try:
                 if time.monotonic() > deadline and not is_there:
                     raise OutOfTime(f"{config.run_id}: not started")
-                history = execute(config, given.results, every, bar, deadline)
+                history = execute(config, given.results, every, bar, deadline, wait=False)
+                said = f"{config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}"
             except OutOfTime as stop:
                 left = len(configs) - number + 1
                 bar.write(f"time limit reached; {left} of {len(configs)} runs left. {stop}", file=sys.stdout)
-                return 0
-            accuracy = history["accuracy"].iloc[-1]
-            bar.write(f"[{number}/{len(configs)}] {config.run_id}: accuracy {accuracy:.4f}", file=sys.stdout)
-    return 0
+                break
+            except Held as held:
+                said = f"{held}; skipped"
+            except (ClientFailure, Diverged) as error:
+                if not is_divergence(error):
+                    raise
+                diverged += 1
+                said = f"{config.run_id}: diverged: {error}"
+            bar.write(f"[{number}/{len(configs)}] {said}", file=sys.stdout)
+    if diverged:
+        print(f"{diverged} of {len(configs)} runs diverged")
+    return FAILED if diverged else 0
 
 
 def _value(text: str):

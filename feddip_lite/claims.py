@@ -12,7 +12,7 @@ import yaml
 from . import merging
 from .anatomy import across_seeds
 from .cost_report import judged_clients
-from .experiments import main_runs, recorded, splits
+from .experiments import main_runs, recorded, rows_choosing_masks, splits
 from .extremes import sparsity_sweep
 from .markdown import table
 from .report import by_seed, quantity
@@ -120,16 +120,16 @@ def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:
 
 
 def summaries(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: `headline`'s; `mask_overlap`, the mean over the rounds that choose a mask, without the first,
-    which replaces a random mask; and `end_minus_best`, the mean accuracy of the last ten evaluated rounds minus that of
-    the best ten in a row."""
+    """A row per run: `headline`'s; `mask_overlap`, the mean over the rows that choose a mask, without the first, which
+    replaces the mask that the run began with; and `end_minus_best`, the mean accuracy of the last ten evaluated rounds
+    minus that of the best ten in a row. NaN of a run that diverged."""
     rows = headline(runs).set_index("run_id")
     for run_id, run in runs.groupby("run_id"):
         accuracy = run.sort_values("round")["accuracy"]
         best = accuracy.rolling(min(HEADLINE_ROWS, len(accuracy))).mean().max()
         rows.loc[run_id, "end_minus_best"] = rows.loc[run_id, "accuracy"] - best
-        chosen = run[(run["round"] > 0) & (run["round"] % pd.to_numeric(run["mask_interval"]) == 0)]
-        rows.loc[run_id, "mask_overlap"] = chosen["mask_overlap"].mean()
+        if not rows.loc[run_id, "diverged"]:
+            rows.loc[run_id, "mask_overlap"] = rows_choosing_masks(run)["mask_overlap"].iloc[1:].mean()
     return rows
 
 

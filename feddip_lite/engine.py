@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def run(
 
     Raises:
         ValueError: bad input or damaged files.
-        Diverged: the global model's test loss is not finite; names the round and the last finite loss.
+        Diverged: the global model's test loss is not finite; names the round and the last finite loss. With
+            `results_dir` the rows so far are recorded, with round and reason, and the next call raises at once.
         ClientFailure: a client failed or diverged and the configuration says "abort", or every client did.
     """
     return execute(config, results_dir, checkpoint_every, progress)
@@ -61,11 +62,13 @@ def execute(
     deadline: float = math.inf,
     connect: Callable[[Clients, Method, Config], Clients] = lambda clients, *_: clients,
     suffix: str = "checkpoint",
+    wait: bool = True,
 ) -> pd.DataFrame:
     """`run` until it ends or `time.monotonic()` passes `deadline`, which raises `OutOfTime` after a checkpoint.
 
     At least one round is done, so that repeated calls come to an end. `progress` may be the bar of a whole sweep.
-    `connect` gives clients that are elsewhere than in this process; their checkpoints have another `suffix`.
+    `connect` gives clients that are elsewhere than in this process; their checkpoints have another `suffix`. A run that
+    another process is computing is waited for, unless `wait` is False: then `results.Held` is raised.
     """
     config = config.resolved()
     if results_dir is None:
@@ -74,19 +77,48 @@ def execute(
         return history_of(last, config)
     folder = Path(results_dir)
     path = folder / f"{config.run_id}.{suffix}"
-    if (stored := read_run(folder, config.run_id)) and not path.exists():
-        return stored[0]
+    if (stored := _stored(folder, config)) is not None and not path.exists():
+        return stored
     state, clients, method = prepare(config)  # bad input shows here, before anything is written
-    with run_lock(folder, config.run_id):
-        if not read_run(folder, config.run_id):  # else by another process, while this one waited, or was killed
-            start = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
+    with closing(clients.workers), run_lock(folder, config.run_id, wait):
+        if _stored(folder, config) is None:  # else by another process, while this one waited, or was killed
+            now = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
             clients = connect(clients, method, config)
-            last = _train(start, clients, method, config, progress, path, checkpoint_every, deadline)
-            facts = provenance(state.weights.device, clients.workers.slots, **facts_of(clients, config, last))
-            left = left_by(method.layout, last.state)
-            save_run(folder, config, history_of(last, config), facts, last.skipped, **left)
+            try:
+                _train(now, clients, method, config, progress, path, checkpoint_every, deadline)
+            except (ClientFailure, Diverged) as error:
+                if not is_divergence(error):
+                    raise
+                failed = now.state.round - (not isinstance(error, ClientFailure))  # in a client, or when evaluated
+                left = {"diverged": {"round": failed, "reason": str(error)}}
+                _save(folder, config, now, clients, left)
+                path.unlink(missing_ok=True)
+                raise
+            _save(folder, config, now, clients, left_by(method.layout, now.state))
         path.unlink(missing_ok=True)
-        return read_run(folder, config.run_id)[0]
+        return _stored(folder, config)
+
+
+def _stored(folder: Path, config: Config) -> pd.DataFrame | None:
+    """The history of a run that is recorded in `folder`, or None. Raises Diverged if it is recorded as diverged."""
+    stored = read_run(folder, config.run_id)
+    if stored is None:
+        return None
+    history, record = stored
+    if broken := record.get("diverged"):
+        path = folder / f"{config.run_id}.json"
+        raise Diverged(f"{config.run_id} diverged when it was recorded: {broken['reason']}; delete {path} to run again")
+    return history
+
+
+def _save(folder: Path, config: Config, now: Progress, clients: Clients, left: dict) -> None:
+    facts = provenance(now.state.weights.device, clients.workers.slots, **facts_of(clients, config, now))
+    save_run(folder, config, history_of(now, config), facts, now.skipped, **left)
+
+
+def is_divergence(error: BaseException | None) -> bool:
+    """Whether `error`, or what caused it, is that a loss, a reply or a weight became NaN or infinite."""
+    return error is not None and (isinstance(error, Diverged) or is_divergence(error.__cause__))
 
 
 def _train(

@@ -111,7 +111,7 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
     round, in MiB, both ways.
     """
     if results.empty:
-        return results.reindex(columns=[*dict.fromkeys([*results.columns, *_FIELDS, *ADDED])])
+        return results.reindex(columns=[*dict.fromkeys([*results.columns, "diverged", *_FIELDS, *ADDED])])
     first = results.drop_duplicates("run_id").set_index("run_id")
     words = {"label": _label, "split": _split, "setting": _setting, "changed": lambda row: ", ".join(_changed(row))}
     named = {name: results["run_id"].map(first.apply(function, axis=1)) for name, function in words.items()}
@@ -120,12 +120,21 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparable(results: pd.DataFrame) -> pd.DataFrame:
-    """The runs of those seeds that every method of a partition has, so that none is judged by luckier seeds."""
+    """The runs of those seeds that every method of a partition has, so that none is judged by luckier seeds. A run that
+    diverged is none."""
     kept = []
-    for _, own in results.groupby("split", sort=False):
+    for _, own in results[results["diverged"] == ""].groupby("split", sort=False):
         methods = own.groupby("seed")["label"].nunique()
         kept.append(own[own["seed"].isin(methods.index[methods == own["label"].nunique()])])
     return pd.concat(kept) if kept else results
+
+
+def rows_choosing_masks(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of FedDP and FedDIP in whose rounds, those since the row before, the server chose a mask: it does so in
+    round 0 and in every `mask_interval`-th after it."""
+    before = results.groupby("run_id")["round"].shift(fill_value=-1)
+    interval = pd.to_numeric(results["mask_interval"])
+    return results[results["round"] // interval > before // interval]
 
 
 def labels(results: pd.DataFrame) -> list[str]:

@@ -91,7 +91,9 @@ def merge(method: Method, state: ServerState, replies: dict[int, Message], skipp
     t = state.round
     if not replies:
         client, reason = next(reversed(skipped.items()))
-        raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}")
+        diverged = all(said.startswith(f"{Diverged.__name__}: ") for said in skipped.values())
+        cause = Diverged(reason) if diverged else None
+        raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}") from cause
     try:
         return _merged(method, state, replies), replies
     except Exception:

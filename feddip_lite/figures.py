@@ -131,7 +131,12 @@ def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str, window: int = 1
     for label in labels(results):
         own = results[results["label"] == label]
         look = {**look_of(own), "drawstyle": DRAWN.get(y, "default")}
-        _over_seeds(panel, own, x, y, label, look, window)
+        whole = own[own["diverged"] == ""]
+        if len(whole):
+            _over_seeds(panel, whole, x, y, label, look, window)
+        for _, broken in own[own["diverged"] != ""].groupby("run_id"):  # up to where it broke down, in no mean
+            panel.plot(broken[x], broken[y], label=f"{label}, diverged", linewidth=0.9, **look)
+            panel.plot(broken[x].iloc[-1], broken[y].ffill().iloc[-1], "x", color=look["color"], markersize=7)
     panel.set(xlabel=AXES[x], ylabel=AXES[y])
     panel.set_xlim(left=0)
 

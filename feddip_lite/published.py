@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from . import anatomy, bound_figures, bound_report, cost_figures, cost_report, drawings, extremes, figures
-from .experiments import HEADLINE, PROFILES, comparable, main_runs, profile_queue, recorded, splits
+from .experiments import HEADLINE, PROFILES, comparable, main_runs, profile_queue, recorded, rows_choosing_masks, splits
 
 Named = Iterator[tuple[str, Figure]]
 
@@ -50,7 +50,7 @@ def masks(root: Path) -> Named:
     for profile, name, runs in _comparisons(root):
         title = f"Recorded, profile {profile}"
         pruning = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["split"] == splits(runs)[0])]
-        chosen = pruning[pruning["round"] % pruning["mask_interval"] == 0]
+        chosen = rows_choosing_masks(pruning)
         if len(chosen):
             columns = ["mask_overlap", "regrown", "pruning_error"]
             yield f"{name}_{profile}_masks", figures.column_panels(chosen, columns, title)

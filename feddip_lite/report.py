@@ -48,13 +48,19 @@ def paired(runs: pd.DataFrame, label: str, reference: str, column: str = "accura
 
 
 def quantity(values, digits: int = 4, sign: str = "") -> str:
-    """Values over seeds in words: `mean ± half width (n=3)`; below three seeds the values; "-" for none."""
+    """Values over seeds in words: `mean ± half width (n=3)`; below three seeds the values; "-" for none. Runs that
+    diverged, NaN, are counted and said."""
+    values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return "-"
+    diverged, values = int(np.isnan(values).sum()), values[~np.isnan(values)]
+    if len(values) == 0:
+        return f"diverged (n={diverged})"
     mean, half = interval(values)
+    count = f"(n={len(values)}{f', {diverged} diverged' if diverged else ''})"
     if np.isnan(half):
-        return f"{', '.join(f'{value:{sign}.{digits}f}' for value in values)} (n={len(values)})"
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f} (n={len(values)})"
+        return f"{', '.join(f'{value:{sign}.{digits}f}' for value in values)} {count}"
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f} {count}"
 
 
 def results_table(results: pd.DataFrame) -> str:
@@ -68,12 +74,17 @@ def results_table(results: pd.DataFrame) -> str:
         for label in labels(group):
             own = group[group["label"] == label].sort_values("seed")
             cells = [label, split, quantity(own["accuracy"]), *[quantity(own[name]) for name in top5]]
-            cells += [f"{own['sparsity'].mean():.4f}", f"{own['mib'].mean():.1f}"]
+            cells += [_mean(own["sparsity"], 4), _mean(own["mib"], 1)]
             share = paired(group, label, "FedAvg", "mib", ratio=True)
             cells += [f"{share.mean():.3f}" if len(share) else "-"]
             cells += ["-" if label == "FedAvg" else quantity(paired(group, label, "FedAvg"), sign="+")]
             rows.append(cells)
     return table(heads, rows)
+
+
+def _mean(values: pd.Series, digits: int) -> str:
+    """The mean of what is not NaN, "-" without any."""
+    return f"{values.mean():.{digits}f}" if values.notna().any() else "-"
 
 
 def circumstances(folder: Path, results: pd.DataFrame) -> str:

@@ -70,11 +70,18 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise
 
 
+class Held(Exception):
+    """Another process is computing this run."""
+
+
 @contextmanager
-def run_lock(folder: Path, run_id: str):
-    """Hold the run's lock; a second process says so and waits. The lock falls with its holder, also on kill -9.
+def run_lock(folder: Path, run_id: str, wait: bool = True):
+    """Hold the run's lock; a second process says so and waits, or not. The lock falls with its holder, also on kill -9.
 
     What a killed holder had half written is removed.
+
+    Raises:
+        Held: another process has the lock, and `wait` is False.
     """
     lock = FileLock(folder / ".locks" / f"{run_id}.lock")
     lock_path = Path(lock.lock_file)
@@ -82,6 +89,8 @@ def run_lock(folder: Path, run_id: str):
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not wait:
+            raise Held(f"{run_id}: another process is computing this run") from None
         print(f"{run_id}: another process is computing this run; waiting for it", flush=True)
         lock.acquire()
     try:
@@ -101,6 +110,7 @@ def save_run(
     layers: Sequence[dict] = (),
     mask: Tensor | None = None,
     model: bytes | None = None,
+    diverged: Mapping | None = None,
 ) -> None:
     """Record a run's history with its headline values, as `save_table` does, and what is left of the final model.
 
@@ -108,15 +118,18 @@ def save_run(
         layers: a {name, shape, kept} per prunable tensor, `kept` of its weights not zero.
         mask: (P,) bool, written to `<run_id>.mask` unless it keeps everything; `read_mask` has it back.
         model: written to `<run_id>.safetensors`; `read_model` has it back.
+        diverged: {round, reason} of a run that broke down there: the rows so far are kept, and it has no headline.
     """
     tail = history.tail(HEADLINE_ROWS)
     metrics = [name for name in METRICS if name in history]
     final = {
-        "last": history.iloc[-1].to_dict(),
-        f"mean_last_{HEADLINE_ROWS}": tail[metrics].mean().to_dict(),
-        "best_accuracy": float(history["accuracy"].max()),
+        "last": history.iloc[-1].to_dict() if len(history) else None,
+        f"mean_last_{HEADLINE_ROWS}": dict.fromkeys(metrics) if diverged else tail[metrics].mean().to_dict(),
+        "best_accuracy": history["accuracy"].max(),
     }
     facts = {"provenance": provenance, "final": final, "skipped": skipped, "layers": layers}
+    if diverged:
+        facts["diverged"] = diverged
     if mask is not None and not mask.all():
         bits = zlib.compress(np.packbits(mask.cpu().numpy()).tobytes(), 9)
         atomic_write(folder / f"{config.run_id}.mask", bits)
@@ -235,7 +248,8 @@ def load_results(folder: str | Path) -> pd.DataFrame:
     """All complete runs of a folder: a row per evaluated round, with the run's id and configuration in columns.
 
     The configuration's `lr` is called `initial_lr`, because `lr` is the value used in the round; `method_options` is
-    JSON text. An absent or empty folder gives an empty frame.
+    JSON text. `diverged` says why a run broke down, and is empty for all others; the last row of such a run is the
+    round in which it did, without an accuracy. An absent or empty folder gives an empty frame.
 
     Raises:
         ValueError: a run is damaged.
@@ -246,30 +260,43 @@ def load_results(folder: str | Path) -> pd.DataFrame:
         config = config_of(record)
         config["initial_lr"] = config.pop("lr")
         config["method_options"] = json.dumps(config["method_options"], sort_keys=True)
-        frames.append(history.assign(run_id=record["run_id"], **config))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "run_id"])
+        broken = record.get("diverged")
+        if broken:
+            end = {name: 0 if name in INTEGER_COLUMNS else math.nan for name in history} | {"round": broken["round"]}
+            history = pd.DataFrame([*history.to_dict("records"), end], columns=history.columns)
+        reason = broken["reason"] if broken else ""
+        frames.append(history.assign(run_id=record["run_id"], diverged=reason, **config))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "run_id", "diverged"])
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
     """One row per run of `load_results`: the configuration, `accuracy` as the mean of the last ten evaluated rounds,
-    the last measured `sparsity`, and `up_bytes`, `down_bytes` in total. No rows for no runs."""
+    the last measured `sparsity`, and `up_bytes`, `down_bytes` in total. No rows for no runs. Of a run that diverged
+    all these are NaN, so that no mean takes it in."""
     if results.empty:
         return results
     rows = []
     for _, run in results.groupby("run_id", sort=False):
         last = run.sort_values("round").iloc[-1].to_dict()
         means = run.sort_values("round").tail(HEADLINE_ROWS)[[name for name in METRICS if name in run]].mean()
-        rows.append(last | means.to_dict() | {name: int(run[name].sum()) for name in ("up_bytes", "down_bytes")})
+        totals = {name: int(run[name].sum()) for name in ("up_bytes", "down_bytes")}
+        measured = means.to_dict() | totals
+        if last["diverged"]:
+            measured = dict.fromkeys([*measured, *({*COLUMNS, "mib"} & {*last} - {"round"})], math.nan)
+        rows.append(last | measured)
     return pd.DataFrame(rows)
 
 
 def interval(values) -> tuple[float, float]:
-    """(mean, half width of the 95 % Student t interval of the mean) over seeds; the width is NaN for n < 3."""
+    """(mean, half width of the 95 % Student t interval of the mean) over seeds; the width is NaN for n < 3.
+
+    NaN, a run that diverged, is no value; without any value both are NaN."""
     from scipy import stats  # takes a second to import, which a client on Flower pays with every message
 
     values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
     if len(values) < 3:
-        return float(values.mean()), float("nan")
+        return float(values.mean()) if len(values) else math.nan, math.nan
     return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from feddip_lite.claims import RULES, claims_table, judged, measured, summaries, verdict
-from feddip_lite.experiments import NAMES, profile_queue
+from feddip_lite.experiments import NAMES, profile_queue, rows_choosing_masks
 from feddip_lite.results import COLUMNS, ROOT, headline, save_run
 
 TIGHT, WIDE = np.array([0.10, 0.11, 0.12]), np.array([-0.1, 0.1, 0.3])
@@ -23,6 +23,7 @@ def runs(**accuracies):
         for seed, accuracy in enumerate(values):
             run = pd.DataFrame({"round": range(ROUNDS), "accuracy": accuracy, "loss": 1.0, "local_accuracy": np.nan})
             facts = {"up_bytes": 3, "down_bytes": 10 + seed, "mib": 1.0, "mask_interval": 5, "mask_overlap": 0.5}
+            facts["diverged"] = ""
             frames.append(run.assign(label=label, seed=seed, run_id=f"{label}{seed}", **facts))
     return pd.concat(frames)
 
@@ -72,6 +73,18 @@ def test_overlap_is_the_mean_over_the_rounds_that_choose_a_mask_but_the_first():
     table["mask_overlap"] = np.where(table["round"] % 5 == 0, table["round"] / 100, 1.0)
     mean = np.mean([0.05, 0.10, 0.15, 0.20])
     assert values_of(table, {"column": "mask_overlap", "of": "FedDIP", "by": "value"}) == pytest.approx([mean])
+
+
+@pytest.mark.parametrize("eval_every", [1, 2, 5, 7])
+def test_a_row_chooses_a_mask_if_one_of_its_rounds_does(eval_every):
+    table = runs(FedDIP=[0.5, 0.6], FedAvg=[0.7])
+    table.loc[table["label"] == "FedAvg", "mask_interval"] = np.nan
+    rare = table[(table["round"] % eval_every == eval_every - 1) | (table["round"] == ROUNDS - 1)]
+    ends = rare.loc[rare["run_id"] == "FedDIP0", "round"].tolist()
+    spans = zip([-1, *ends], ends, strict=False)
+    expected = [end for start, end in spans if any(t % 5 == 0 for t in range(start + 1, end + 1))]
+    chosen = rows_choosing_masks(rare)
+    assert chosen.groupby("run_id")["round"].agg(list).to_dict() == {"FedDIP0": expected, "FedDIP1": expected}
 
 
 def test_bytes_are_those_of_the_whole_run():

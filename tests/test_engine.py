@@ -167,11 +167,13 @@ def test_skipped_clients_are_recorded_beside_the_results(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("policy", ["abort", "skip"])
-def test_diverging_run_stops_naming_round_and_client_and_leaves_no_results(tmp_path, policy):
+def test_diverging_run_stops_naming_round_and_client_and_is_recorded_as_diverged(tmp_path, policy):
     config = tiny_config(lr=1e4, local_epochs=3, rounds=20, on_client_failure=policy)
-    with pytest.raises((ValueError, ClientFailure), match=r"round \d+.* client \d+: .*last finite loss"):
+    with pytest.raises((ValueError, ClientFailure), match=r"round \d+.* client \d+: .*last finite loss") as caught:
         run(config, results_dir=tmp_path, progress=False)
-    assert names(tmp_path) == []
+    history, record = read_run(tmp_path, config.run_id)
+    assert record["diverged"] == {"round": len(history), "reason": str(caught.value)}
+    assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
 
 
 def test_global_model_with_a_loss_that_is_not_finite_stops_the_run(federation):
