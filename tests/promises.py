@@ -12,6 +12,7 @@ import test_cli
 import test_config
 import test_damage
 import test_datafiles
+import test_divergence
 import test_engine
 import test_failures
 import test_faults
@@ -20,6 +21,7 @@ import test_long_run
 import test_message
 import test_notebook_failures
 import test_profiles
+import test_rename_records
 import test_results
 import test_resume
 import test_server
@@ -123,6 +125,14 @@ PROMISES = {
             },
         ),
         Promise(
+            "A changed default never makes a stored result pass for the run of today: it is refused with its right id.",
+            {
+                test_rename_records.test_the_id_of_a_record_follows_from_its_configuration: 1,
+                test_rename_records.test_a_record_from_before_a_changed_default_is_never_taken_for_the_new_run: 1,
+                test_rename_records.test_renaming_moves_a_record_whole_and_a_second_call_changes_nothing: 1,
+            },
+        ),
+        Promise(
             "A result that was edited by hand, renamed or paired with another table is refused. (Records written "
             "before "
             "they carried a checksum of their own are protected in their table only.)",
@@ -174,11 +184,14 @@ PROMISES = {
             ),
         ),
         Promise(
-            "A run that diverges stops at once and names its last finite loss.",
+            "A run that diverges stops at once, names its last finite loss, and is recorded as diverged with the rows so "
+            "far; it is shown and never averaged, and a queue goes on without it.",
             one(
-                test_failures.test_diverging_run_stops_at_once_naming_its_last_finite_loss,
-                test_failures.test_diverging_run_that_was_resumed_still_knows_its_last_finite_loss,
-                test_failures.test_command_line_reports_divergence_as_a_failed_run_not_as_bad_input,
+                test_divergence.test_diverging_run_stops_at_once_naming_its_last_finite_loss,
+                test_divergence.test_a_diverged_run_is_shown_and_never_averaged,
+                test_divergence.test_a_queue_goes_on_after_a_diverging_run_and_past_one_that_another_process_holds,
+                test_divergence.test_diverging_run_that_was_resumed_still_knows_its_last_finite_loss,
+                test_divergence.test_command_line_reports_divergence_as_a_failed_run_not_as_bad_input,
             ),
         ),
         Promise(
