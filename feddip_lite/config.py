@@ -73,6 +73,11 @@ class Config:
     penalty_steps: int = setting(20, integer(1), "steps Q of the growing penalty")
     partition: str = setting("iid", one_of("iid", "pathological", "dirichlet"), "how data is dealt to clients")
     classes_per_client: int = setting(2, integer(1), "classes a client has, pathological partition")
+    classes_dealt: str = setting(
+        "drawn",
+        one_of("drawn", "in_order"),
+        "which classes go together, pathological partition",
+    )
     alpha: float = setting(0.5, real("(0, inf)"), "concentration of the Dirichlet partition")
     validation: float = setting(
         0.0, real("[0, 1)"), "share of each class's training samples held out, and evaluated on instead of the test set"

@@ -35,7 +35,7 @@ HEADLINE = ("fedavg", "feddp", "feddip")
 """The methods of the paper's own question, which figures and tables of a data set show first."""
 
 _OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
-SPLIT = ("partition", "classes_per_client", "alpha")
+SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
 SHARED = [name for name in _FIELDS if name not in _ALONE]
@@ -169,7 +169,8 @@ def _label(row: pd.Series) -> str:
 
 def _split(row: pd.Series) -> str:
     if row["partition"] == "pathological":
-        return f"{row['classes_per_client']} classes per client"
+        order = ", in order" if row["classes_dealt"] == "in_order" else ""
+        return f"{row['classes_per_client']} classes per client{order}"
     return "IID" if row["partition"] == "iid" else f"Dirichlet({row['alpha']:g})"
 
 

@@ -105,7 +105,8 @@ def split_of(data: Dataset, config: Config) -> Split:
     labels = data.train_labels.numpy()[left], data.test_labels.numpy()
     draw = numpy_generator(config.seed, "partition")
     if config.partition == "pathological":
-        split = partition_pathological(*labels, config.clients, draw, config.classes_per_client)
+        in_order = config.classes_dealt == "in_order"
+        split = partition_pathological(*labels, config.clients, draw, config.classes_per_client, in_order)
     elif config.partition == "dirichlet":
         split = partition_dirichlet(*labels, config.clients, draw, config.alpha)
     else:

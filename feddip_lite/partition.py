@@ -72,6 +72,7 @@ def partition_pathological(
     clients: int,
     rng: np.random.Generator,
     classes_per_client: int = 2,
+    in_order: bool = False,
 ) -> Split:
     """Give every client exactly `classes_per_client` classes, each class to equally many clients up to one.
 
@@ -82,11 +83,14 @@ def partition_pathological(
         train_labels, test_labels, clients, rng: as in `partition_iid`.
         classes_per_client: 1 to the number of classes, with clients * classes_per_client >= classes, because
             otherwise some class would have no owner.
+        in_order: take the classes in their order, as published (with two of ten classes (0, 1), (2, 3), ... (8, 9), and
+            again), rather than draw which go together; then only the samples depend on `rng`.
 
     Raises:
         ValueError: an argument out of range, or a class with fewer training samples than clients that hold it.
 
-    Source: the FedDIP authors' `pat` split. Differs: theirs counts clients per class with a formula that leaves
+    Source: the FedDIP authors' `pat` split, `functions_new.py:create_pat_partition`. Differs: theirs takes classes in
+    order (docs/deviations.md D27), deals samples unshuffled, and counts clients per class with a formula that leaves
     slots over unless the class count divides evenly; here every slot is dealt.
     """
     train_labels, test_labels = _checked(train_labels, test_labels, clients)
@@ -97,7 +101,7 @@ def partition_pathological(
             f"clients * classes_per_client must be at least the number of classes ({len(classes)}), or some class has "
             f"no owner; got clients={clients}, classes_per_client={classes_per_client}"
         )
-    holds = _class_slots(len(classes), clients, classes_per_client, rng)
+    holds = _class_slots(len(classes), clients, classes_per_client, None if in_order else rng)
     shares = holds / holds.sum(axis=1, keepdims=True)
     counts = _counts(train_labels, classes, shares)
     for label, held, got in zip(classes, holds, counts, strict=True):
@@ -158,12 +162,13 @@ def _require(name: str, value, check: Check, why: str = "") -> None:
         raise ValueError(f"{name}: {value!r} is not valid; expected {check.expected}{why}")
 
 
-def _class_slots(classes: int, clients: int, classes_per_client: int, rng: np.random.Generator) -> np.ndarray:
-    """Which client holds which class: (classes, clients) bool, row sums equal up to one."""
+def _class_slots(classes: int, clients: int, classes_per_client: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Which client holds which class: (classes, clients) bool, row sums equal up to one; in order without `rng`."""
     holds = np.zeros((classes, clients), dtype=bool)
     for client in range(clients):
-        # The classes with the fewest holders so far, ties at random: the numbers of holders stay equal up to one.
-        fewest_first = np.lexsort((rng.random(classes), holds.sum(axis=1)))
+        # The classes with the fewest holders so far, so that the numbers of holders stay equal up to one.
+        ties = np.arange(classes) if rng is None else rng.random(classes)
+        fewest_first = np.lexsort((ties, holds.sum(axis=1)))
         holds[fewest_first[:classes_per_client], client] = True
     return holds
 

@@ -184,8 +184,8 @@ PROMISES = {
             ),
         ),
         Promise(
-            "A run that diverges stops at once, names its last finite loss, and is recorded as diverged with the rows so "
-            "far; it is shown and never averaged, and a queue goes on without it.",
+            "A run that diverges stops at once, names its last finite loss, and is recorded as diverged with the rows "
+            "so far; it is shown and never averaged, and a queue goes on without it.",
             one(
                 test_divergence.test_diverging_run_stops_at_once_naming_its_last_finite_loss,
                 test_divergence.test_a_diverged_run_is_shown_and_never_averaged,

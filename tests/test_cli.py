@@ -62,6 +62,7 @@ WRONG = [
     (["--classes-per-client=0"], "classes_per_client: 0", "an integer >= 1"),
     (["--classes-per-client=1", "--partition=pathological"], "classes_per_client", "classes_per_client=1"),
     (["--classes-per-client=11", "--partition=pathological"], "classes_per_client: 11", "[1, 10]"),
+    (["--classes-dealt=ordered"], "classes_dealt: 'ordered'", "one of drawn, in_order"),
     (["--alpha=0"], "alpha: 0", "a number in (0, inf)"),
     (["--validation=1"], "validation: 1", "a number in [0, 1)"),
     (["--validation=0.001"], "validation: 0.001", "class 0 has"),

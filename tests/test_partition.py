@@ -109,6 +109,15 @@ def test_pathological_pairings_of_classes_are_drawn_and_not_fixed():
     assert len(held) == 4
 
 
+def test_pathological_classes_in_order_are_fixed_pairs_with_equally_many_clients_each_and_shuffled_samples():
+    splits = [partition_pathological(TRAIN, TEST, 50, np.random.default_rng(seed), in_order=True) for seed in range(2)]
+    held = [(class_counts(split.train, TRAIN, 10) > 0) for split in splits]
+    assert (held[0] == held[1]).all()
+    pairs = [tuple(np.flatnonzero(row).tolist()) for row in held[0]]
+    assert {pair: pairs.count(pair) for pair in pairs} == {(c, c + 1): 10 for c in range(0, 10, 2)}
+    assert splits[0].sha256 != splits[1].sha256
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 10.0])
 def test_dirichlet_cuts_train_and_test_at_the_same_fractions(alpha):
     train_labels, test_labels = labels_of([2000] * 5), labels_of([400] * 5)
