@@ -12,7 +12,7 @@ import yaml
 from . import merging
 from .anatomy import across_seeds
 from .cost_report import judged_clients
-from .experiments import main_runs, recorded, rows_choosing_masks, splits
+from .experiments import PROFILES, main_runs, recorded, rows_choosing_masks, splits
 from .extremes import sparsity_sweep
 from .markdown import table
 from .report import by_seed, quantity
@@ -37,7 +37,7 @@ def claims_table(folder: Path, path: Path = RULES) -> str:
     `folder`; the settings above, the rule behind the verdicts below. Links start from the checkout."""
     document = yaml.safe_load(path.read_text())
     profile, rows = document["profile"], []
-    comparisons = main_runs(profile, folder)
+    comparisons = {(name, each): runs for each in PROFILES for name, runs in main_runs(each, folder).items()}
     sources = _sources(folder, profile, comparisons)
     for claim in document["claims"]:
         what = in_words(claim["measure"], claim["good"])
@@ -45,24 +45,31 @@ def claims_table(folder: Path, path: Path = RULES) -> str:
         link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)"
         said = claim["claim"] + " ‡" * claim.get("known", False)
         rows += [[said, claim["source"], *first, link], *(["", "", *cells, ""] for cells in others)]
-    settings = [f"- {runs['setting'].iloc[0]} (profile `{profile}`)\n" for runs in comparisons.values()]
+    settings = [f"- {runs['setting'].iloc[0]} (profile `{each}`)\n" for (_, each), runs in comparisons.items()]
     return "".join([*settings, "\n" * bool(settings), table(HEADS, rows), "\n\n", RULE])
 
 
-def judged(runs: pd.DataFrame, path: Path = RULES) -> str:
-    """Markdown: the claims that these runs, of one model and data set as `main_runs` gives them, judge."""
-    name = "_".join(runs[["model", "dataset"]].iloc[0])
-    sources, rows = {name: ("", summaries(runs))}, []
-    for claim in yaml.safe_load(path.read_text())["claims"]:
+def judged(runs: pd.DataFrame, profile: str, path: Path = RULES) -> str:
+    """Markdown: the claims that these runs, of one model and data set as `main_runs(profile)` gives them, judge."""
+    document, rows = yaml.safe_load(path.read_text()), []
+    name = _source_name("_".join(runs[["model", "dataset"]].iloc[0]), profile, document["profile"])
+    sources = {name: ("", summaries(runs))}
+    for claim in document["claims"]:
         rows += [[claim["claim"], *cells[1:]] for cells in _judge(claim, sources)]
     return table(["claim", *HEADS[3:6]], rows) if rows else "No claim is judged by these runs."
 
 
-def _sources(folder: Path, profile: str, comparisons: Mapping[str, pd.DataFrame]) -> dict[str, Source]:
+def _source_name(name: str, profile: str, usual: str) -> str:
+    """What `from` in the rules calls a main comparison: `<model>_<dataset>`, of another profile with that after it."""
+    return name if profile == usual else f"{name}_{profile}"
+
+
+def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, Source]:
     everything, found = recorded(profile, folder), {}
-    for name, runs in comparisons.items():
-        alike = everything[everything["setting"].isin(runs["setting"])]  # with its ablations
-        found[name] = (_briefly(runs), summaries(alike))
+    for (name, each), runs in comparisons.items():
+        records = everything if each == profile else recorded(each, folder)
+        alike = records[records["setting"].isin(runs["setting"])]  # with its ablations
+        found[_source_name(name, each, profile)] = (_briefly(runs), summaries(alike))
     lenet = everything[(everything["model"] == "lenet5") & (everything["partition"] == "iid")]
     swept, merged = sparsity_sweep(lenet[lenet["dataset"] == "fashionmnist"]), recorded(f"merging/{profile}", folder)
     where = f"{_briefly(swept)}, IID" if len(swept) else ""
@@ -75,7 +82,7 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[str, pd.DataFrame]
 
 def _briefly(runs: pd.DataFrame) -> str:
     words = runs["setting"].iloc[0].split(", ")
-    return ", ".join([*words[:2], *(word for word in words if word.startswith("width"))])
+    return ", ".join([*words[:2], *(word for word in words if word.startswith(("width", "T =")))])
 
 
 def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:

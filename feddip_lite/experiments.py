@@ -22,7 +22,9 @@ from .overview import title_of
 from .profiles import load_profile
 from .results import ROOT, load_results
 
-PROFILES = ("quick", "lite", "paper")
+RECORDED = ("lite", "long", "paper")
+"""The profiles whose runs are recorded in `results/`."""
+PROFILES = ("quick", *RECORDED)
 NAMES = {name: title_of(name) for name in METHODS} | {
     "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "lenet5": "LeNet-5", "alexnet": "AlexNet", "resnet18": "ResNet-18",

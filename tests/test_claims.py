@@ -102,6 +102,7 @@ def test_without_results_nothing_is_claimed(tmp_path):
 
 def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
     sources = {f"{config.model}_{config.dataset}" for config in profile_queue("lite")}
+    sources |= {f"{config.model}_{config.dataset}_long" for config in profile_queue("long")}
     sources |= {"sweep", "across_seeds", "merging", "cost_cpu"}
     for claim in yaml.safe_load(RULES.read_text())["claims"]:
         measure = claim["measure"]
@@ -113,11 +114,11 @@ def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
 def test_each_method_and_each_setting_is_judged_in_a_row_of_its_own():
     table = runs(FedDIP=[0.8, 0.7, 0.9], FedAvg=[0.7, 0.6, 0.8], **{"FedDIP (repo)": [0.5, 0.4, 0.6]})
     table = table.assign(model="lenet5", dataset="fashionmnist", split="IID")
-    said = [row for row in judged(table).splitlines() if row.startswith("| Extreme sparsity")]
+    said = [row for row in judged(table, "lite").splitlines() if row.startswith("| Extreme sparsity")]
     assert len(said) == 2
     assert "FedDIP - FedAvg" in said[0] and said[0].endswith("| IID: +0.1000 ± 0.0000 (n=3) | reproduced |")
     assert "FedDIP (repo) - FedAvg" in said[1] and "| not reproduced |" in said[1]
-    assert judged(table.assign(dataset="digits")) == "No claim is judged by these runs."
+    assert judged(table.assign(dataset="digits"), "lite") == "No claim is judged by these runs."
 
 
 def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):

@@ -36,7 +36,8 @@ class FedLP(Method):
     its last layers.
 
     Deviations: stages are those of the models here, a private head is a single layer, and heads of one complexity
-    start alike; optimiser and data as for every method.
+    start alike. Heads are kept from one participation to the next; the published code throws the trained ones away.
+    Optimiser and data as for every method.
     Source: Zhuzzq/FedLP `main_fed_cplx.py`, `main_fed_hetero.py`, `models/Fed.py`, `models_complexity.py`.
     """
 

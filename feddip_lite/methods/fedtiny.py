@@ -39,13 +39,12 @@ class FedTiny(Method):
         "FedTiny", "sparse to sparse", "loss of candidates, then magnitude and gradient", "layer", True, "masked SGD",
         "sparse, with top-k gradients when a mask is refined", "sparse and mask",
         "arXiv 2212.01977; FedPruning/FedPruning",
-        assumed="how candidates differ (ERK densities scaled at random), how many there are, that all layers are "
-        "refined at once rather than in blocks",
+        assumed="how candidates differ (ERK densities scaled at random)",
     )  # fmt: skip
 
     target_sparsity: float = 0.9
     mask_interval: int = 10
-    candidates: int = setting(5, integer(1, 8), "candidate masks to choose from (assumed)")
+    candidates: int = setting(5, integer(1, 8), "candidate masks to choose from (published commands: 5)")
     spread: float = setting(0.5, real("[0, 1)"), "layer densities of candidates are scaled by 1 - spread .. 1 + spread")
     replaced: float = setting(
         0.2, real("[0, 1]"), "share of a layer's kept weights replaced at first (published default: 0.2)"

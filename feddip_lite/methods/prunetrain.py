@@ -26,7 +26,7 @@ class PruneTrain(Method):
     and ends at the sparsity that lambda leads to. Here the target must be met: groups go in order of their root mean
     square until the cubic schedule's count is reached, which the last event does exactly; the last group to go is cut
     by magnitude, and the strongest of each layer goes last. The original groups inputs of all layers as well.
-    The penalty ratio is ours: 0.2, thought to be the original's, drives LeNet-5 under plain SGD to zero before it
+    The penalty ratio is ours: 0.2, the original's, drives LeNet-5 under plain SGD to zero before it
     learns; 0.02 did best of eight values from 0 to 0.2 on held-out training digits (three seeds, half width), by less
     than the seeds differ.
 
@@ -51,7 +51,9 @@ class PruneTrain(Method):
     strength: float | None = setting(
         None, real("[0, inf)"), "lambda (published code: prunetrain_power = 0.01)", none="from penalty_ratio"
     )
-    penalty_ratio: float = setting(0.02, real("[0, 1)"), "penalty's share of penalty + loss before training (assumed)")
+    penalty_ratio: float = setting(
+        0.02, real("[0, 1)"), "penalty's share of the whole loss at first (published: 0.2)"
+    )
 
     presets = {
         "paper": {},
