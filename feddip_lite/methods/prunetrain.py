@@ -51,9 +51,7 @@ class PruneTrain(Method):
     strength: float | None = setting(
         None, real("[0, inf)"), "lambda (published code: prunetrain_power = 0.01)", none="from penalty_ratio"
     )
-    penalty_ratio: float = setting(
-        0.02, real("[0, 1)"), "penalty's share of the whole loss at first (published: 0.2)"
-    )
+    penalty_ratio: float = setting(0.02, real("[0, 1)"), "penalty's share of the whole loss at first (published: 0.2)")
 
     presets = {
         "paper": {},
