@@ -46,7 +46,8 @@ def masked(case: dict, sparsities: tuple[float, ...]) -> Iterator[tuple[str, Con
     """(name, configuration, mask) of the models of a case: None stands for a random ERK mask."""
     name = model_name(Config(**case))
     for sparsity in sparsities:
-        yield name, Config(method="feddip", initial_sparsity=sparsity, target_sparsity=sparsity, **case), None
+        ends = {"initial_sparsity": sparsity, "target_sparsity": sparsity}
+        yield name, Config(method="feddip", method_options={"erk": "shared"}, **ends, **case), None
     runs = recorded("lite", method="feddip", **RUNS, **case)
     for _, run in runs[runs["label"] == "FedDIP"].drop_duplicates("run_id").sort_values("target_sparsity").iterrows():
         mask = read_mask(ROOT / "results" / "lite", run["run_id"])

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .experiments import PROFILES, labels, main_runs, recorded
-from .extremes import sparsity_sweep
+from .extremes import recorded_sweep
 from .markdown import table
 from .report import quantity
 from .results import read_mask, read_run
@@ -55,7 +55,7 @@ def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:
     for profile in PROFILES:
         for name, runs in main_runs(profile, folder).items():
             groups[f"{name}_{profile}_layers"] = profile, runs[(runs["split"] == "IID") & (runs["preset"] == "paper")]
-    swept = sparsity_sweep(recorded("lite", folder, model="lenet5", dataset="fashionmnist", partition="iid"))
+    swept = recorded_sweep(recorded("lite", folder, model="lenet5", dataset="fashionmnist", partition="iid"))
     for target in swept["target_sparsity"].agg(["min", "max"]).dropna().unique():
         own = swept[swept["target_sparsity"] == target]
         groups[f"lenet5_fashionmnist_lite_layers_{target:g}"] = "lite", own

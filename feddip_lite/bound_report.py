@@ -1,19 +1,20 @@
 """What followed runs say of the bound: its terms from a record, a table of its constants, and a reading in words.
 
-Runs come as `experiments.describe` returns them (`recorded("bound/lite")`), with the columns of `bound_runs.follow`.
+Runs come as `experiments.describe` returns them (`recorded_paths`), with the columns of `bound_runs.follow`.
 "Typical" is said of the bound with the median gamma in place of the largest, which one checkpoint may decide.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .bound import Bound, Estimates, assemble
 from .bound_runs import ESTIMATES
-from .experiments import splits
+from .experiments import recorded, shared_start, splits
 from .markdown import table
 
 SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
@@ -57,6 +58,12 @@ def bound_of(run: pd.DataFrame, *, typical: bool = False, printed: bool = False)
     sizes = {"participants": int(first["clients_per_round"]), "steps": int(first["local_steps"])}
     sizes |= {"smooth": first["smoothness"]} if first["lr_schedule"] == "theory" else {}
     return assemble(path, removed, **sizes, gamma=gamma_of(run, typical), printed=printed)
+
+
+def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
+    """The recorded runs with estimates; where FedDIP's own start was not followed yet, those of `shared_start`."""
+    records = recorded("bound/lite", folder)
+    return records if (records["label"] == "FedDIP").any() else shared_start(records)
 
 
 def removed_so_far(run: pd.DataFrame) -> pd.Series:

@@ -12,8 +12,8 @@ import yaml
 from . import merging
 from .anatomy import across_seeds
 from .cost_report import judged_clients
-from .experiments import PROFILES, main_runs, recorded, rows_choosing_masks, splits
-from .extremes import sparsity_sweep
+from .experiments import PROFILES, SHARED_START, main_runs, recorded, rows_choosing_masks, shared_start, splits
+from .extremes import recorded_sweep
 from .markdown import table
 from .report import by_seed, quantity
 from .results import HEADLINE_ROWS, ROOT, headline, interval
@@ -68,10 +68,12 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], p
     everything, found = recorded(profile, folder), {}
     for (name, each), runs in comparisons.items():
         records = everything if each == profile else recorded(each, folder)
+        if runs["setting"].iloc[0].endswith(SHARED_START):
+            records = shared_start(records)
         alike = records[records["setting"].isin(runs["setting"])]  # with its ablations
         found[_source_name(name, each, profile)] = (_briefly(runs), summaries(alike))
     lenet = everything[(everything["model"] == "lenet5") & (everything["partition"] == "iid")]
-    swept, merged = sparsity_sweep(lenet[lenet["dataset"] == "fashionmnist"]), recorded(f"merging/{profile}", folder)
+    swept, merged = recorded_sweep(lenet[lenet["dataset"] == "fashionmnist"]), recorded(f"merging/{profile}", folder)
     where = f"{_briefly(swept)}, IID" if len(swept) else ""
     found["sweep"] = (where, swept.assign(split=[f"s = {target:g}" for target in swept["target_sparsity"]]))
     found["across_seeds"] = (where, _pairs(folder / profile, swept))
@@ -82,7 +84,7 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], p
 
 def _briefly(runs: pd.DataFrame) -> str:
     words = runs["setting"].iloc[0].split(", ")
-    return ", ".join([*words[:2], *(word for word in words if word.startswith(("width", "T =")))])
+    return ", ".join([*words[:2], *(word for word in words if word.startswith(("width", "T =", "shared")))])
 
 
 def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:

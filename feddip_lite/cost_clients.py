@@ -31,7 +31,8 @@ from .models import INPUT_SHAPES
 from .server import initial_state
 from .workers import keep_freed_memory
 
-CLIENTS = ({"method": "fedavg"}, {"method": "feddip", "initial_sparsity": 0.9}, {"method": "feddst"})
+_MASKED = {"method": "feddip", "initial_sparsity": 0.9, "method_options": {"erk": "shared"}}  # before any round, too
+CLIENTS = ({"method": "fedavg"}, _MASKED, {"method": "feddst"})
 """Whose clients are measured, at the target sparsity of 0.9 from the start: dense, with error feedback, masked SGD."""
 ROUND = 501  # of 1000: FedDIP's penalty is on, and FedDST chooses no mask
 

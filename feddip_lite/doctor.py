@@ -14,7 +14,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 DISTRIBUTION = "feddip-lite"
-NEEDS = ("numpy", "pandas", "scipy", "scikit-learn", "torch", "torchvision", "pyyaml", "matplotlib", "tqdm", "filelock")
+NEEDS = (
+    "numpy", "pandas", "scipy", "scikit-learn", "torch", "torchvision", "pyyaml", "matplotlib", "tqdm", "filelock",
+    "safetensors",
+)  # fmt: skip
 NOTEBOOK_TOOLS = ("papermill", "nbconvert", "ipykernel", "nbmake")
 MIN_FREE_GB = 1.0
 

@@ -88,10 +88,14 @@ def recorded(profile: str, folder: Path | None = None, **wanted) -> pd.DataFrame
     return describe(results)
 
 
+SHARED_START = ", shared random start"
+
+
 def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFrame]:
     """The recorded main comparisons of a profile: `<model>_<dataset>` -> runs, in the order of its queue.
 
-    They share the setting of the first run of that model and data set in the queue; ablations are left out.
+    They share the setting of the first run of that model and data set in the queue; ablations are left out. Where
+    FedDIP was not recorded with its own start yet, all are those of `shared_start`.
     """
     results, found, first = recorded(profile, folder), {}, {}
     for config in profile_queue(profile):
@@ -99,10 +103,26 @@ def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFram
     for name, config in first.items():
         settings = asdict(config.resolved())
         setting = _setting(pd.Series(settings | {"initial_lr": settings["lr"]}))
-        alike = (results["setting"] == setting) & results["changed"].isin(FORMS)
-        if alike.any():
-            found[name] = results[alike]
+        alike = results[(results["setting"] == setting) & results["changed"].isin(FORMS)]
+        if "feddip" not in set(alike["method"]):
+            alike = shared_start(results[results["setting"] == setting])
+            alike = alike[alike["changed"].isin(FORMS)]
+        if alike["method"].nunique() > 1:
+            found[name] = alike
     return found
+
+
+def shared_start(results: pd.DataFrame) -> pd.DataFrame:
+    """`results` as if a shared random mask at the start were FedDP's and FedDIP's usual one (docs/deviations.md D7):
+    those runs under their plain names, none of theirs that begins otherwise, and `SHARED_START` in every setting."""
+    if results.empty:
+        return results
+    options = results["method_options"].map(json.loads)
+    begins = options.map(lambda own: own.get("erk", "shared"))  # other methods have no such option
+    plain = options.map(lambda own: {name: value for name, value in own.items() if not name.startswith("erk")})
+    renamed = results.assign(method_options=plain.map(lambda own: json.dumps(own, sort_keys=True)))
+    runs = describe(renamed[begins == "shared"].drop(columns=list(ADDED)))
+    return runs.assign(setting=runs["setting"] + SHARED_START)
 
 
 def describe(results: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from .config import Config
-from .experiments import NAMES, SHARED, SPLIT, labels
+from .experiments import NAMES, SHARED, SPLIT, labels, shared_start
 from .markdown import table
 from .report import paired, quantity
 from .results import headline, interval
@@ -33,6 +33,12 @@ def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
     swept = runs[runs["method"].isin(targets.index[targets > 1])]
     dense = runs[runs["label"] == DENSE].drop(columns="target_sparsity")
     return pd.concat([swept, dense.merge(swept[["target_sparsity"]].drop_duplicates(), how="cross")])
+
+
+def recorded_sweep(results: pd.DataFrame) -> pd.DataFrame:
+    """`sparsity_sweep` of recorded runs, or where FedDIP's own start was not swept yet, of `shared_start`."""
+    swept = sparsity_sweep(results)
+    return swept if len(swept) else sparsity_sweep(shared_start(results))
 
 
 def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:
@@ -68,10 +74,11 @@ def sweep_reading(runs: pd.DataFrame) -> str:
 
 def ablations(results: pd.DataFrame) -> pd.DataFrame:
     """The runs of FedDIP and FedDP, one row each, with a column `variant`: what was changed of FedDIP. FedDP is FedDIP
-    without its penalty; runs without weight decay are there with and without it."""
+    without its penalty; runs without weight decay are there with and without it. None if FedDIP itself is missing."""
     runs = _at_home(results)
     runs = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["changed"] != "upload")]
-    return runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
+    runs = runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
+    return runs if "FedDIP" in set(runs["variant"]) else runs.iloc[:0]
 
 
 def ablation_table(runs: pd.DataFrame) -> str:

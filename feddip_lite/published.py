@@ -61,7 +61,7 @@ def masks(root: Path) -> Named:
 def extreme(root: Path) -> Named:
     """Accuracy against target sparsity, and each of FedDIP's settings changed alone."""
     records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist", partition="iid")
-    swept = extremes.sparsity_sweep(records)
+    swept = extremes.recorded_sweep(records)
     if len(swept):
         yield "extreme_sparsity", extremes.sweep(swept, "Recorded, profile lite")
     for target in (0.9, 0.995):
@@ -72,7 +72,7 @@ def extreme(root: Path) -> Named:
 
 def bound(root: Path) -> Named:
     """The terms of the convergence bound on the recorded paths."""
-    records, title = recorded("bound/lite", root / "results"), "Recorded, profile lite"
+    records, title = bound_report.recorded_paths(root / "results"), "Recorded, profile lite"
     usual, varied = records[records["label"] == "FedDIP"], bound_report.interval_study(records)
     if len(usual):
         yield "bound_terms", bound_figures.terms(usual, title)

@@ -233,7 +233,8 @@ def test_a_tensor_pruned_to_nothing_has_finite_estimates():
 def test_estimates_are_repeatable_whatever_the_number_of_workers_and_change_nothing(federation):
     found = []
     for workers in (1, 3):
-        state, clients, _ = federation(tiny_config(workers=workers))
+        config = tiny_config(workers=workers, method_options={"erk": "shared"})  # sparse from the start
+        state, clients, _ = federation(config)
         before = state.weights.clone(), state.mask.clone(), torch.get_rng_state()
         found += [estimate(state, clients, tiny_config(), weight_decay=0.01, penalty=0.01, **FAST) for _ in range(2)]
         assert all(map(torch.equal, before, (state.weights, state.mask, torch.get_rng_state())))

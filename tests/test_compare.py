@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from feddip_lite.config import Config
 from feddip_lite.results import sealed
 
 SPEC = importlib.util.spec_from_file_location("compare", Path(__file__).parents[1] / "tools" / "compare.py")
@@ -18,7 +19,7 @@ def record(folder, accuracies, first_seed=0, **config):
     folder.mkdir(exist_ok=True)
     for seed, accuracy in enumerate(accuracies, first_seed):
         run = {"method": "feddip", "rounds": 200, "device": "cpu", "seed": seed, **config}
-        run_id = "-".join(map(str, run.values()))
+        run_id = Config(**run).run_id
         final = {"last": {}, "mean_last_10": {"accuracy": accuracy}, "best_accuracy": 1.0}
         table = b"round,accuracy\n0,0.5\n"
         sha256 = hashlib.sha256(table).hexdigest()

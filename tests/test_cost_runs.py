@@ -33,6 +33,8 @@ from feddip_lite.layout import Layout
 from feddip_lite.models import build_model
 
 SHORT = {**FAST, "rounds": 3, "mask_interval": 1}
+SHARED = {"erk": "shared"}
+"""With this, a model is sparse before the first round."""
 
 
 def rows_of(**forms):
@@ -73,7 +75,7 @@ def test_a_trained_model_is_that_of_the_run():
 
 
 def test_an_untouched_model_has_the_initial_weights_and_the_first_mask_or_a_given_one(federation):
-    config = tiny_config(initial_sparsity=0.8, target_sparsity=0.8)
+    config = tiny_config(initial_sparsity=0.8, target_sparsity=0.8, method_options=SHARED)
     start, (state, data) = federation(config)[0], untouched(config)
     assert torch.equal(state.weights, start.weights) and torch.equal(state.mask, start.mask)
     mask = torch.arange(len(start.mask)) % 3 == 0
@@ -84,7 +86,7 @@ def test_an_untouched_model_has_the_initial_weights_and_the_first_mask_or_a_give
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet18"])
 def test_sizes_are_those_of_mask_message_and_file(name):
-    config = tiny_config(model=name, width=0.3 if name == "lenet5" else 0.05)
+    config = tiny_config(model=name, width=0.3 if name == "lenet5" else 0.05, method_options=SHARED)
     state, data = untouched(config)
     layout = Layout.of(sparse_model(state, data, config), image_shape=tuple(data.train_images.shape[1:]))
     row = sizes(state, data, config)
@@ -158,7 +160,7 @@ def test_each_batch_size_is_timed_with_csr_where_its_layer_wins():
 
 
 def test_a_client_in_a_process_of_its_own_is_timed_and_its_memory_counted():
-    forms = [{"method": "fedavg"}, {"method": "feddip"}, {"method": "feddst"}]
+    forms = [{"method": "fedavg"}, {"method": "feddip", "method_options": SHARED}, {"method": "feddst"}]
     dense, feedback, masked = client_rows([{**form, "width": 0.3, "local_epochs": 1} for form in forms], samples=16)
     assert [row["label"] for row in (dense, feedback, masked)] == ["FedAvg", "FedDIP", "FedDST"]
     assert all(row["split"] == "LeNet-5 (0.3)" and row["seed"] == 0 and row["seconds"] > 0 for row in (dense, feedback))

@@ -25,7 +25,8 @@ def started(federation):
     """`started(name)`: (the sparse model before round 0, state, clients, config) at sparsity 0.9."""
 
     def make(name: str):
-        config = tiny_config(model=name, width=0.1 if name == "alexnet" else 0.3, initial_sparsity=0.9, workers=1)
+        width, shared = 0.1 if name == "alexnet" else 0.3, {"erk": "shared"}
+        config = tiny_config(model=name, width=width, initial_sparsity=0.9, method_options=shared, workers=1)
         state, clients, _ = federation(config)
         return sparse_model(state, clients.data, config), state, clients, config
 

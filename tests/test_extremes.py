@@ -22,7 +22,7 @@ def recorded_runs(runs):
         config = Config(**{"dataset": "fashionmnist", "rounds": 5, **changes}).resolved()
         facts = asdict(config) | {"initial_lr": config.lr, "method_options": json.dumps(config.method_options)}
         rows = {"round": range(config.rounds), "accuracy": accuracy, "loss": 1.0, "local_accuracy": math.nan}
-        rows |= {"sparsity": config.target_sparsity, "up_bytes": 1, "down_bytes": 1}
+        rows |= {"sparsity": config.target_sparsity, "up_bytes": 1, "down_bytes": 1, "diverged": ""}
         frames.append(pd.DataFrame(rows).assign(run_id=config.run_id, **{**facts, "lr": config.lr}))
     return describe(pd.concat(frames) if frames else pd.DataFrame(columns=["run_id", "round", "accuracy"]))
 
