@@ -1,5 +1,5 @@
 # Every target works in a fresh clone: python3 and make are all it needs, the environment (.venv) is set up when missing.
-# Options: PROFILE=quick|lite|long|paper  RESULTS=folder  TIME_LIMIT=seconds  PYTHON=python3.12  TORCH_BACKEND=cpu|cu130|...
+# Options: PROFILE=quick|lite|paper (make sweep: long, too)  RESULTS=folder  TIME_LIMIT=seconds  PYTHON=python3.12  TORCH_BACKEND=cpu|cu130|...
 
 PYTHON      ?= python3
 PROFILE     ?= quick

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .experiments import PROFILES, labels, main_runs, recorded
+from .experiments import RECORDED, labels, main_runs, recorded
 from .extremes import recorded_sweep
 from .markdown import table
 from .report import quantity
@@ -52,7 +52,7 @@ def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:
     """`layers` of the runs recorded under `folder`, by a name for each setting: the main comparisons under IID, each
     method with its own settings, and the two ends of LeNet-5's sweep, whose runs at 0.9 are older than layers."""
     groups = {}
-    for profile in PROFILES:
+    for profile in RECORDED:
         for name, runs in main_runs(profile, folder).items():
             groups[f"{name}_{profile}_layers"] = profile, runs[(runs["split"] == "IID") & (runs["preset"] == "paper")]
     swept = recorded_sweep(recorded("lite", folder, model="lenet5", dataset="fashionmnist", partition="iid"))

@@ -61,9 +61,11 @@ def bound_of(run: pd.DataFrame, *, typical: bool = False, printed: bool = False)
 
 
 def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
-    """The recorded runs with estimates; where FedDIP's own start was not followed yet, those of `shared_start`."""
+    """The recorded runs with estimates; where FedDIP's own start was not followed yet, those of `shared_start`. Never
+    both."""
     records = recorded("bound/lite", folder)
-    return records if (records["label"] == "FedDIP").any() else shared_start(records)
+    own = records[~records["changed"].astype(str).str.contains(r"\berk\b")]
+    return own if (own["label"] == "FedDIP").any() else shared_start(records)
 
 
 def removed_so_far(run: pd.DataFrame) -> pd.Series:

@@ -12,7 +12,7 @@ import yaml
 from . import merging
 from .anatomy import across_seeds
 from .cost_report import judged_clients
-from .experiments import PROFILES, SHARED_START, main_runs, recorded, rows_choosing_masks, shared_start, splits
+from .experiments import RECORDED, SHARED_START, main_runs, recorded, rows_choosing_masks, shared_start, splits
 from .extremes import recorded_sweep
 from .markdown import table
 from .report import by_seed, quantity
@@ -37,7 +37,7 @@ def claims_table(folder: Path, path: Path = RULES) -> str:
     `folder`; the settings above, the rule behind the verdicts below. Links start from the checkout."""
     document = yaml.safe_load(path.read_text())
     profile, rows = document["profile"], []
-    comparisons = {(name, each): runs for each in PROFILES for name, runs in main_runs(each, folder).items()}
+    comparisons = {(name, each): runs for each in RECORDED for name, runs in main_runs(each, folder).items()}
     sources = _sources(folder, profile, comparisons)
     for claim in document["claims"]:
         what = in_words(claim["measure"], claim["good"])

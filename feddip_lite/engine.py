@@ -92,7 +92,6 @@ def execute(
                 failed = now.state.round - (not isinstance(error, ClientFailure))  # in a client, or when evaluated
                 left = {"diverged": {"round": failed, "reason": str(error)}}
                 _save(folder, config, now, clients, left)
-                path.unlink(missing_ok=True)
                 raise
             _save(folder, config, now, clients, left_by(method.layout, now.state))
         path.unlink(missing_ok=True)
@@ -107,7 +106,8 @@ def _stored(folder: Path, config: Config) -> pd.DataFrame | None:
     history, record = stored
     if broken := record.get("diverged"):
         path = folder / f"{config.run_id}.json"
-        raise Diverged(f"{config.run_id} diverged when it was recorded: {broken['reason']}; delete {path} to run again")
+        remedy = f"delete {path} to go on from its last checkpoint, if there is one, or run again"
+        raise Diverged(f"{config.run_id} diverged when it was recorded: {broken['reason']}; {remedy}")
     return history
 
 
@@ -167,7 +167,7 @@ def _naming_last_loss(progress: Progress) -> Iterator[None]:
     try:
         yield
     except (ClientFailure, Diverged) as error:
-        if progress.train_loss is None or not isinstance(error.__cause__ or error, Diverged):
+        if progress.train_loss is None or not is_divergence(error):
             raise
         last = f"round {progress.state.round - 1} ended with the finite training loss {progress.train_loss:.4g}"
         raise type(error)(f"{error}; {last}") from error

@@ -22,9 +22,12 @@ from .overview import title_of
 from .profiles import load_profile
 from .results import ROOT, load_results
 
+PROFILES = ("quick", "lite", "paper")
+"""The profiles that notebooks run under."""
 RECORDED = ("lite", "long", "paper")
 """The profiles whose runs are recorded in `results/`."""
-PROFILES = ("quick", *RECORDED)
+SHARED_START = ", shared random start"
+"""What the setting of runs says that `shared_start` made comparable."""
 NAMES = {name: title_of(name) for name in METHODS} | {
     "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100", "lenet5": "LeNet-5", "alexnet": "AlexNet", "resnet18": "ResNet-18",
@@ -60,7 +63,7 @@ def profile_queue(profile: str, **wanted) -> list[Config]:
     Raises:
         ValueError: no such profile.
     """
-    if profile not in PROFILES:
+    if profile not in {*PROFILES, *RECORDED}:
         raise ValueError(f"PROFILE: {profile!r} is not valid; expected one of {', '.join(PROFILES)}")
     queue = load_profile(ROOT / "params" / f"{profile}.yaml")
     return [config for config in queue if all(getattr(config, name) in _any(of) for name, of in wanted.items())]
@@ -88,9 +91,6 @@ def recorded(profile: str, folder: Path | None = None, **wanted) -> pd.DataFrame
     return describe(results)
 
 
-SHARED_START = ", shared random start"
-
-
 def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFrame]:
     """The recorded main comparisons of a profile: `<model>_<dataset>` -> runs, in the order of its queue.
 
@@ -104,7 +104,7 @@ def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFram
         settings = asdict(config.resolved())
         setting = _setting(pd.Series(settings | {"initial_lr": settings["lr"]}))
         alike = results[(results["setting"] == setting) & results["changed"].isin(FORMS)]
-        if "feddip" not in set(alike["method"]):
+        if NAMES["feddip"] not in set(alike["label"]):
             alike = shared_start(results[results["setting"] == setting])
             alike = alike[alike["changed"].isin(FORMS)]
         if alike["method"].nunique() > 1:
@@ -148,12 +148,13 @@ def comparable(results: pd.DataFrame) -> pd.DataFrame:
     for _, own in results[results["diverged"] == ""].groupby("split", sort=False):
         methods = own.groupby("seed")["label"].nunique()
         kept.append(own[own["seed"].isin(methods.index[methods == own["label"].nunique()])])
-    return pd.concat(kept) if kept else results
+    return pd.concat(kept) if kept else results.iloc[:0]
 
 
 def rows_choosing_masks(results: pd.DataFrame) -> pd.DataFrame:
     """The rows of FedDP and FedDIP in whose rounds, those since the row before, the server chose a mask: it does so in
-    round 0 and in every `mask_interval`-th after it."""
+    round 0 and in every `mask_interval`-th after it. Not those of runs that diverged."""
+    results = results[results["diverged"] == ""]
     before = results.groupby("run_id")["round"].shift(fill_value=-1)
     interval = pd.to_numeric(results["mask_interval"])
     return results[results["round"] // interval > before // interval]

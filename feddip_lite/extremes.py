@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from .config import Config
 from .experiments import NAMES, SHARED, SPLIT, labels, shared_start
 from .markdown import table
-from .report import paired, quantity
+from .report import mean_of, paired, quantity
 from .results import headline, interval
 from .style import COLOURS, INK, counted, grid, look_of, styled
 
@@ -38,7 +38,7 @@ def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
 def recorded_sweep(results: pd.DataFrame) -> pd.DataFrame:
     """`sparsity_sweep` of recorded runs, or where FedDIP's own start was not swept yet, of `shared_start`."""
     swept = sparsity_sweep(results)
-    return swept if len(swept) else sparsity_sweep(shared_start(results))
+    return swept if "FedDIP" in set(swept["label"]) else sparsity_sweep(shared_start(results))
 
 
 def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:
@@ -74,11 +74,20 @@ def sweep_reading(runs: pd.DataFrame) -> str:
 
 def ablations(results: pd.DataFrame) -> pd.DataFrame:
     """The runs of FedDIP and FedDP, one row each, with a column `variant`: what was changed of FedDIP. FedDP is FedDIP
-    without its penalty; runs without weight decay are there with and without it. None if FedDIP itself is missing."""
+    without its penalty; runs without weight decay are there with and without it. Of the shared random start (D7) there
+    is FedDIP alone, since all else would be two changes. None if FedDIP itself is missing."""
     runs = _at_home(results)
     runs = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["changed"] != "upload")]
+    alone = (runs["method"] == "feddip") & (runs["preset"] == "paper") & runs["changed"].isin(["erk", "erk, erk_over"])
+    runs = runs[alone | ~runs["changed"].astype(str).str.contains(r"\berk\b")]
     runs = runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
     return runs if "FedDIP" in set(runs["variant"]) else runs.iloc[:0]
+
+
+def recorded_ablations(results: pd.DataFrame) -> pd.DataFrame:
+    """`ablations` of recorded runs, or where FedDIP's own start was not recorded yet, of `shared_start`."""
+    found = ablations(results)
+    return found if len(found) else ablations(shared_start(results))
 
 
 def ablation_table(runs: pd.DataFrame) -> str:
@@ -86,7 +95,7 @@ def ablation_table(runs: pd.DataFrame) -> str:
     rows = []
     for name, values in _variants(runs).items():
         own = runs[runs["variant"] == name].sort_values("seed")
-        rows.append([name, quantity(own["accuracy"]), quantity(values, sign="+"), f"{own['sparsity'].mean():.4f}"])
+        rows.append([name, quantity(own["accuracy"]), quantity(values, sign="+"), mean_of(own["sparsity"], 4)])
     return table(["variant", "final accuracy", "minus FedDIP", "final sparsity"], rows)
 
 

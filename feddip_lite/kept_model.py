@@ -4,7 +4,7 @@
     mask     uint8 (ceil(P / 8),), as `numpy.packbits` makes it: is prunable weight i kept
     buffers  float32 (b,), BatchNorm's running means and variances; absent without BatchNorm
 
-A model that is smaller so (dense, or nearly) has all n values and no mask. The metadata's `layout`, JSON, names the
+A dense model has all n values and no mask. The metadata's `layout`, JSON, names the
 tensors that lie one after the other in `values` and `buffers`, with their shapes, and says how many are prunable.
 """
 
@@ -55,11 +55,9 @@ def model_file(layout: Layout, weights: Tensor, mask: Tensor, buffers: Tensor) -
         weights: (n,) float32, dense or not. mask: (P,) bool. buffers: (b,) float32. On any device.
     """
     weights, mask, buffers = weights.detach().cpu(), mask.cpu(), buffers.detach().cpu()
-    bitmap = torch.from_numpy(np.packbits(mask.numpy()))
-    pruned_bytes = 4 * int((~mask).sum())
-    tensors = {"values": layout.masked(weights, mask)}
-    if pruned_bytes > len(bitmap):
-        tensors = {"values": layout.pack(weights, mask), "mask": bitmap}
+    tensors = {"values": weights.contiguous()}
+    if not mask.all():  # a bit per weight costs more than it saves if less than a 32nd is pruned, which no method does
+        tensors = {"values": layout.pack(weights, mask), "mask": torch.from_numpy(np.packbits(mask.numpy()))}
     if len(buffers):
         tensors["buffers"] = buffers.contiguous()
     described = {"tensors": _described(layout.slots), "statistics": _described(layout.buffer_slots)}
@@ -80,14 +78,12 @@ def read_model_file(path) -> KeptModel:
         tensors, statistics = _parts(layout["tensors"]), _parts(layout["statistics"])
         size = sum(prod(shape) for _, shape in tensors)
         prunable = sum(prod(shape) for _, shape in tensors[: layout["prunable"]])
-        mask = torch.ones(prunable, dtype=torch.bool)
+        mask, weights = torch.ones(prunable, dtype=torch.bool), stored["values"]
         if "mask" in stored:
             mask = torch.from_numpy(np.unpackbits(stored["mask"].numpy(), count=prunable).astype(bool))
-        weights = stored["values"]
-        if len(weights) != size:
-            weights = torch.zeros(size)
-            weights[:prunable][mask] = stored["values"][: int(mask.sum())]
-            weights[prunable:] = stored["values"][int(mask.sum()) :]
+            kept, weights = int(mask.sum()), torch.zeros(size)
+            weights[:prunable][mask] = stored["values"][:kept]
+            weights[prunable:] = stored["values"][kept:]
         return KeptModel(weights, mask, stored.get("buffers", torch.zeros(0)), tensors, statistics)
     except FileNotFoundError:
         raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from . import anatomy, bound_figures, bound_report, cost_figures, cost_report, drawings, extremes, figures
-from .experiments import HEADLINE, PROFILES, comparable, main_runs, profile_queue, recorded, rows_choosing_masks, splits
+from .experiments import HEADLINE, RECORDED, comparable, main_runs, profile_queue, recorded, rows_choosing_masks, splits
 
 Named = Iterator[tuple[str, Figure]]
 
@@ -100,6 +100,6 @@ PARTS = (ideas, accuracies, masks, extreme, bound, cost)
 
 
 def _comparisons(root: Path) -> Iterator[tuple]:
-    for profile in PROFILES:
+    for profile in RECORDED:
         for name, runs in main_runs(profile, root / "results").items():
             yield profile, name, runs

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .experiments import PROFILES, comparable, labels, main_runs, splits
+from .experiments import RECORDED, comparable, labels, main_runs, splits
 from .markdown import table
 from .results import headline, interval, read_run
 
@@ -20,7 +20,7 @@ NOTHING = "No recorded runs yet."
 NOTE = (
     "Final accuracy: mean of the last ten evaluated rounds on the whole test set. `±`: half width of the 95 % Student "
     "t interval over seeds. Differences are paired by seed. n < 3: the values alone, no interval, no verdict. With a "
-    "mask every fifth round, two of the ten rounds choose one: there `memory` drops, to recover until the next."
+    "row per round and a mask every fifth, two of the ten choose one: there `memory` drops, to recover until the next."
 )
 
 
@@ -65,7 +65,7 @@ def quantity(values, digits: int = 4, sign: str = "") -> str:
 
 def results_table(results: pd.DataFrame) -> str:
     """The Markdown table of one setting, a row per partition and method."""
-    top5 = [name for name in ("top5_accuracy",) if name in results and results[name].notna().all()]
+    top5 = [name for name in ("top5_accuracy",) if name in results and results[name].notna().any()]
     heads = ["method (preset)", "partition", "final accuracy", *["top-5 accuracy" for _ in top5], "measured sparsity"]
     heads += ["total MiB", "share of FedAvg's bytes", "accuracy minus FedAvg's"]
     rows, runs = [], headline(results)
@@ -74,7 +74,7 @@ def results_table(results: pd.DataFrame) -> str:
         for label in labels(group):
             own = group[group["label"] == label].sort_values("seed")
             cells = [label, split, quantity(own["accuracy"]), *[quantity(own[name]) for name in top5]]
-            cells += [_mean(own["sparsity"], 4), _mean(own["mib"], 1)]
+            cells += [mean_of(own["sparsity"], 4), mean_of(own["mib"], 1)]
             share = paired(group, label, "FedAvg", "mib", ratio=True)
             cells += [f"{share.mean():.3f}" if len(share) else "-"]
             cells += ["-" if label == "FedAvg" else quantity(paired(group, label, "FedAvg"), sign="+")]
@@ -82,7 +82,7 @@ def results_table(results: pd.DataFrame) -> str:
     return table(heads, rows)
 
 
-def _mean(values: pd.Series, digits: int) -> str:
+def mean_of(values: pd.Series, digits: int) -> str:
     """The mean of what is not NaN, "-" without any."""
     return f"{values.mean():.{digits}f}" if values.notna().any() else "-"
 
@@ -134,7 +134,7 @@ def frontier(results: pd.DataFrame) -> str:
 def results_section(folder: Path) -> str:
     """Everything between the README's markers: a table per profile and setting, with its circumstances."""
     parts = []
-    for profile in PROFILES:
+    for profile in RECORDED:
         for group in main_runs(profile, folder).values():
             parts += [f"**{group['setting'].iloc[0]}** (profile `{profile}`)", results_table(group)]
             parts += [circumstances(folder / profile, group)]

@@ -1,4 +1,4 @@
-"""Recorded runs: a CSV of rounds, a JSON of circumstances, the last mask; written whole or not at all, and checked."""
+"""Recorded runs: a CSV of rounds, a JSON of circumstances, the last mask and model; written whole, and checked."""
 
 from __future__ import annotations
 
@@ -169,8 +169,7 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     table = table_path.read_bytes() if table_path.exists() else b""
     if record["run_id"] != run_id or hashlib.sha256(table).hexdigest() != record["csv_sha256"]:
         raise ValueError(f"{table_path}: does not match {path.name}; delete both to run again")
-    config = record["config"]
-    if config["method"] in METHODS and (right := Config.from_dict(config).run_id) != run_id:
+    if (right := right_id(path, record)) != run_id:
         raise ValueError(
             f"{path}: a record of another run, since its configuration has the id {right} in this version; "
             f"`python tools/rename_records.py {folder}` gives it that"
@@ -199,8 +198,23 @@ def read_record(path: Path) -> dict:
     return record
 
 
+def right_id(path: Path, record: Mapping) -> str:
+    """The id that the stored configuration has in this version; the stored one for a method that is not known here.
+
+    Raises:
+        ValueError: a setting that this version does not have; names the file and the remedy.
+    """
+    if record["config"]["method"] not in METHODS:
+        return record["run_id"]
+    try:
+        return Config.from_dict(record["config"]).run_id
+    except ValueError as error:
+        raise ValueError(f"{path}: a record of another version ({error}); delete it to run again") from error
+
+
 def read_mask(folder: Path, run_id: str) -> Tensor | None:
-    """The mask (P,) bool a recorded run ended with, all True for a dense one; None if its record is older than masks.
+    """The mask (P,) bool a recorded run ended with, all True for a dense one; None if its record is older than masks,
+    or that of a run that diverged.
 
     Raises:
         ValueError: the file is missing or damaged; names it and the remedy.
@@ -233,15 +247,19 @@ def read_model(folder: Path, run_id: str) -> KeptModel:
     if stored is None:
         raise FileNotFoundError(f"{path.with_suffix('.json')}: no such run")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the model of this run is not here; run its configuration again to have it")
+        remedy = "delete the record, or use another folder, and run its configuration again to have it"
+        raise FileNotFoundError(f"{path}: the model of this run is not here; {remedy}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != stored[1].get("model_sha256"):
         raise ValueError(f"{path}: does not match {run_id}.json; delete that to run again")
     return read_model_file(path)
 
 
 def config_of(record: Mapping) -> dict:
-    """The configuration of a stored run; fields that are younger than it have the default, which it ran under."""
-    return {**asdict(Config()), **record["config"]}
+    """The configuration of a stored run; fields and options that are younger than it have the default, which it ran
+    under."""
+    if record["config"]["method"] not in METHODS:
+        return {**asdict(Config()), **record["config"]}
+    return asdict(Config.from_dict(record["config"]).resolved())
 
 
 def load_results(folder: str | Path) -> pd.DataFrame:

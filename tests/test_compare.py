@@ -54,6 +54,19 @@ def test_a_run_that_broke_down_is_outside(tmp_path, accuracy):
     assert compare(tmp_path) == 1
 
 
+def test_recorded_runs_that_diverged_are_no_values_and_a_fresh_one_of_that_seed_agrees(tmp_path, capsys):
+    record(tmp_path / "recorded", [0.80, 0.82, 0.84, None])
+    record(tmp_path / "fresh", [0.81, 0.81, 0.81, None])
+    assert compare(tmp_path) == 0
+    assert "diverged, as recorded" in capsys.readouterr().out
+
+
+def test_options_that_are_younger_than_a_record_do_not_part_it_from_the_same_run(tmp_path):
+    record(tmp_path / "recorded", [0.80, 0.82, 0.84], method_options={"upload": "dense"})
+    record(tmp_path / "fresh", [0.81], method_options={"upload": "dense", "erk_over": "weights"})
+    assert compare(tmp_path) == 0
+
+
 def test_three_recorded_runs_equal_to_the_bit_accept_their_own_value(tmp_path):
     record(tmp_path / "recorded", [0.1] * 3)
     record(tmp_path / "fresh", [0.1])

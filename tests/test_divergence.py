@@ -10,14 +10,15 @@ from conftest import FAST, TINY, interrupted, names, read_outputs, tiny_config
 
 from feddip_lite import run
 from feddip_lite.__main__ import main
-from feddip_lite.experiments import comparable, describe
+from feddip_lite.engine import is_divergence
+from feddip_lite.experiments import comparable, describe, rows_choosing_masks
 from feddip_lite.failures import ClientFailure
 from feddip_lite.figures import accuracy_curves
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.plan import Diverged
 from feddip_lite.profiles import load_profile
-from feddip_lite.report import quantity, results_table
+from feddip_lite.report import frontier, quantity, results_table
 from feddip_lite.results import headline, interval, load_results, read_run, run_lock
 
 
@@ -50,7 +51,7 @@ def test_diverging_run_stops_at_once_naming_its_last_finite_loss(tmp_path, monke
     assert history["round"].tolist() == ([0] if eval_every == 1 else [])
     assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
     monkeypatch.setattr("feddip_lite.engine.prepare", None)  # whoever computes, fails
-    with pytest.raises(Diverged, match="diverged when it was recorded: round .*; delete .* to run again"):
+    with pytest.raises(Diverged, match="diverged when it was recorded: round .*; delete .*, or run again"):
         run(config, results_dir=tmp_path, progress=False)
 
 
@@ -110,6 +111,30 @@ def test_a_diverged_run_is_shown_and_never_averaged(tmp_path, monkeypatch, agg):
     np.testing.assert_allclose(mean.get_ydata(), first.groupby("round")["accuracy"].mean())
     assert seed.get_label() == "FedAvg, diverged"
     assert cross.get_marker() == "x"
+
+
+def test_a_failure_of_another_kind_is_no_divergence_and_records_nothing(tmp_path, monkeypatch):
+    class Failing(FedAvg):
+        def plan(self, offer, memory, t):
+            raise RuntimeError("no power")
+
+    monkeypatch.setitem(METHODS, "failing", Failing)
+    for policy in ("abort", "skip"):
+        with pytest.raises(ClientFailure) as caught:
+            run(tiny_config(method="failing", on_client_failure=policy, **FAST), results_dir=tmp_path, progress=False)
+        assert not is_divergence(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_where_every_run_diverged_nothing_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "exploding", Exploding)
+    with pytest.raises((Diverged, ClientFailure)):
+        run(tiny_config(method="exploding", **FAST), results_dir=tmp_path, progress=False)
+    results = describe(load_results(tmp_path))
+    assert comparable(results).empty
+    assert frontier(results) == "No seed that all methods have."
+    assert rows_choosing_masks(results).empty
+    assert "| diverged (n=1) | - | - |" in results_table(results)
 
 
 def test_command_line_reports_divergence_as_a_failed_run_not_as_bad_input(tmp_path, monkeypatch, capsys):

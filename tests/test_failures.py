@@ -242,6 +242,3 @@ def test_process_whose_clients_all_hang_ends_all_the_same(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r".*: round 0, client \d+: TimeoutError: no reply within 1 s\n", done.stderr)
-
-
-# Divergence

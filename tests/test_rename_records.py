@@ -12,7 +12,7 @@ from conftest import names, read_outputs, tiny_config
 from feddip_lite.config import Config
 from feddip_lite.engine import run
 from feddip_lite.methods.feddip import FedDP
-from feddip_lite.results import ROOT, read_mask, read_record, read_run
+from feddip_lite.results import ROOT, read_mask, read_record, read_run, sealed
 
 _spec = importlib.util.spec_from_file_location("rename_records", ROOT / "tools" / "rename_records.py")
 rename_records = importlib.util.module_from_spec(_spec)
@@ -66,6 +66,50 @@ def test_renaming_moves_a_record_whole_and_a_second_call_changes_nothing(tmp_pat
     assert isinstance(read_mask(tmp_path, right), torch.Tensor)
     assert rename_records.main([str(tmp_path)]) == 0
     assert read_outputs(capsys) == ([], [])
+
+
+def test_a_call_that_was_cut_off_is_finished_by_the_next(tmp_path, before, capsys):
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("feddp_*")}
+    assert rename_records.main([str(tmp_path)]) == 0
+    there = names(tmp_path)
+    for name, data in kept.items():  # as if it had stopped before the first unlink
+        (tmp_path / name).write_bytes(data)
+    assert rename_records.main([str(tmp_path)]) == 0
+    assert names(tmp_path) == there
+    capsys.readouterr()
+
+
+def test_an_id_that_is_held_by_a_record_which_moves_itself_is_no_conflict(tmp_path, monkeypatch, capsys):
+    """Two defaults change places: each record's right id is the one that the other has."""
+    swapped = {"paper": {"mask_source": "masked_average"}, "repo": {"mask_source": "dense_average"}, "memory": {}}
+    configs = [tiny_config(method="feddp", rounds=1, mask_interval=interval) for interval in (1, 5)]
+    with monkeypatch.context() as then:
+        then.setattr(FedDP, "presets", swapped)
+        for config in configs:
+            run(config, results_dir=tmp_path, progress=False)
+    rights = [replace(config, method_options={"mask_source": "masked_average"}).run_id for config in configs]
+    first, second = (tmp_path / f"{config.run_id}.json" for config in configs)
+    blocked = tmp_path / f"{rights[0]}.json"  # the second record, under the id that the first is to have
+    for suffix in (".json", ".csv", ".mask", ".safetensors"):
+        second.with_suffix(suffix).rename(blocked.with_suffix(suffix))
+    record = {**json.loads(blocked.read_text()), "run_id": rights[0]}
+    del record["sha256"]
+    blocked.write_bytes(sealed(json.dumps(record, indent=1).removesuffix("\n}").encode()))
+    assert rename_records.main([str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(rights)
+    capsys.readouterr()
+
+
+def test_a_record_with_a_setting_that_is_gone_is_refused_by_name(tmp_path, before, capsys):
+    path = tmp_path / f"{before}.json"
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    record["config"]["method_options"]["mask_share"] = 0.2
+    path.write_bytes(sealed(json.dumps(record, indent=1).removesuffix("\n}").encode()))
+    with pytest.raises(ValueError, match=rf"{path}: a record of another version .*mask_share.*; delete it"):
+        read_run(tmp_path, before)
+    assert rename_records.main([str(tmp_path)]) == 2
+    assert "a record of another version" in read_outputs(capsys)[1][0]
 
 
 def test_an_id_that_is_taken_and_a_damaged_record_are_refused_and_nothing_is_lost(tmp_path, before, capsys):

@@ -15,11 +15,11 @@ from feddip_lite.methods.snip import SNIP
 from feddip_lite.plan import LocalPlan
 from feddip_lite.sparsity import num_kept
 
-PRESETS = pytest.mark.parametrize("preset", ["paper", "repo"])
+SCORED = pytest.mark.parametrize("scored", ["xavier", "initial"])
 
 
-def method_of(layout, preset="paper", **changes):
-    return SNIP(**{"layout": layout, "rounds": 10, "seed": 0, **SNIP.presets[preset], **changes})
+def method_of(layout, scored="xavier", **changes):
+    return SNIP(**{"layout": layout, "rounds": 10, "seed": 0, "scored_weights": scored, **changes})
 
 
 def dense(layout):
@@ -30,9 +30,9 @@ def scored(scores, samples):
     return Message(None, None, {"samples": torch.tensor([samples]), "loss": torch.ones(1), "scores": scores})
 
 
-@PRESETS
-def test_round_0_keeps_the_exact_count_and_leaves_the_weights_alone(layout, preset):
-    method = method_of(layout, preset)
+@SCORED
+def test_round_0_keeps_the_exact_count_and_leaves_the_weights_alone(layout, scored):
+    method = method_of(layout, scored)
     state = started(method, dense(layout))
     new = method.merge(state, answers(method, state), 0)
     assert torch.equal(new.weights, state.weights)
@@ -41,9 +41,9 @@ def test_round_0_keeps_the_exact_count_and_leaves_the_weights_alone(layout, pres
     assert new.round == 1
 
 
-@PRESETS
-def test_mask_is_fixed_from_round_1_on(train, preset):
-    states = [state for state, _ in train(tiny_config(method="snip", preset=preset))]
+@SCORED
+def test_mask_is_fixed_from_round_1_on(train, scored):
+    states = [state for state, _ in train(tiny_config(method="snip", method_options={"scored_weights": scored}))]
     assert all(torch.equal(state.mask, states[0].mask) for state in states)
     assert torch.equal(states[1].weights != 0, states[2].weights != 0)
     assert not torch.equal(states[1].weights, states[2].weights)
@@ -70,7 +70,7 @@ def test_permuting_the_scores_permutes_the_mask(layout):
 
 
 def test_scores_are_the_normalised_sensitivity_to_a_factor_on_each_connection(layout):
-    method = method_of(layout, scored_data="epoch", scored_weights="initial")
+    method = method_of(layout, "initial", scored_data="epoch")
     state = started(method, dense(layout))
     reply = answers(method, state, samples=(4,))[0]  # one batch of 4
     data = tiny_data(4)
@@ -85,9 +85,9 @@ def test_scores_are_the_normalised_sensitivity_to_a_factor_on_each_connection(la
     torch.testing.assert_close(reply.extras["scores"], expected / expected.sum(), rtol=1e-4, atol=1e-7)
 
 
-@PRESETS
-def test_scores_sum_to_one_and_cost_four_bytes_for_each_prunable_weight(layout, preset):
-    method = method_of(layout, preset)
+@SCORED
+def test_scores_sum_to_one_and_cost_four_bytes_for_each_prunable_weight(layout, scored):
+    method = method_of(layout, scored)
     reply = answers(method, started(method, dense(layout)))[0]
     assert float(reply.extras["scores"].sum()) == pytest.approx(1, rel=1e-5)
     assert reply.values is None
@@ -104,8 +104,8 @@ def test_scores_without_any_gradient_are_zero_never_nan(layout, model):
     assert torch.count_nonzero(reply.extras["scores"]) == 0
 
 
-def test_repo_scores_at_xavier_weights_that_all_clients_share(layout):
-    method = method_of(layout, "repo")
+def test_clients_score_at_the_same_xavier_weights(layout):
+    method = method_of(layout)
     state = state_of(layout)
     plans = [method.plan(method.offer(state, 0, client), {}, 0) for client in (1, 2)]
     assert torch.equal(plans[0].weights, plans[1].weights)
@@ -118,7 +118,7 @@ def test_repo_scores_at_xavier_weights_that_all_clients_share(layout):
 def test_xavier_scoring_weights_are_a_function_of_the_seed_and_change_the_mask(layout):
     weights, masks = [], []
     for scored, seed in (("xavier", 0), ("xavier", 1), ("xavier", 0), ("initial", 0)):
-        method = method_of(layout, scored_weights=scored, seed=seed)
+        method = method_of(layout, scored, seed=seed)
         state = started(method, dense(layout))
         weights.append(method.plan(method.offer(state, 0, 0), {}, 0).weights)
         masks.append(method.merge(state, answers(method, state), 0).mask)
@@ -127,18 +127,18 @@ def test_xavier_scoring_weights_are_a_function_of_the_seed_and_change_the_mask(l
     assert not any(torch.equal(weights[0], weights[i]) or torch.equal(masks[0], masks[i]) for i in (1, 3))
 
 
-@PRESETS
-def test_later_rounds_are_masked_training_from_the_initial_weights(layout, preset):
-    method = method_of(layout, preset)
+@SCORED
+def test_later_rounds_are_masked_training_from_the_initial_weights(layout, scored):
+    method = method_of(layout, scored)
     state = started(method, random_bools(layout.prunable), 1)
     plan = method.plan(method.offer(state, 1, 0), {}, 1)
     assert plan.project
     assert (plan.epochs, plan.final_gradient) == (None, None)
 
 
-@PRESETS
-def test_snip_learns_the_digits_at_its_target_sparsity(preset):
-    settings = {**LEARNING, "method": "snip", "preset": preset, "target_sparsity": 0.8}
+@SCORED
+def test_snip_learns_the_digits_at_its_target_sparsity(scored):
+    settings = {**LEARNING, "method": "snip", "method_options": {"scored_weights": scored}, "target_sparsity": 0.8}
     last = run(tiny_config(**settings), progress=False).iloc[-1]
     assert last.accuracy > 0.6
     assert last.sparsity == pytest.approx(0.8, abs=1e-3)

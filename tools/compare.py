@@ -47,7 +47,9 @@ def load(folder: Path) -> Groups:
 
 
 def interval(accuracies: list[float]) -> tuple[float, float] | None:
-    """The 95 % prediction interval of one new observation, or None with fewer than three values."""
+    """The 95 % prediction interval of one new observation, or None with fewer than three values. NaN, a run that
+    diverged, is none."""
+    accuracies = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
     n = len(accuracies)
     if n < MIN_SEEDS:
         return None
@@ -69,12 +71,16 @@ def compare(recorded: Groups, fresh: Groups) -> tuple[list[str], int, int]:
     lines, compared, outside = [], 0, 0
     for key in sorted(recorded.keys() & fresh.keys(), key=title):
         bounds = interval([accuracy for _, _, accuracy in recorded[key]])
-        mean = math.fsum(accuracy for _, _, accuracy in recorded[key]) / len(recorded[key])
+        whole = [accuracy for _, _, accuracy in recorded[key] if not math.isnan(accuracy)]
+        broken = {seed for _, seed, accuracy in recorded[key] if math.isnan(accuracy)}
+        mean = math.fsum(whole) / len(whole) if whole else math.nan
         lines.append(f"{title(key)}: recorded {', '.join(f'{accuracy:.4f}' for _, _, accuracy in recorded[key])}")
         for run_id, seed, accuracy in fresh[key]:
             compared += 1
-            verdict = f"no verdict, n = {len(recorded[key])}"
-            if bounds:
+            verdict = f"no verdict, n = {len(whole)}"
+            if math.isnan(accuracy) and seed in broken:
+                verdict = "diverged, as recorded"
+            elif bounds:
                 inside = bounds[0] <= accuracy <= bounds[1]  # False for NaN, a run that broke down
                 outside += not inside
                 verdict = f"{'inside' if inside else 'OUTSIDE'} [{bounds[0]:.4f}, {bounds[1]:.4f}]"

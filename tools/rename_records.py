@@ -11,43 +11,58 @@ import json
 import sys
 from pathlib import Path
 
-from feddip_lite.config import Config
-from feddip_lite.results import atomic_write, read_record, sealed
+from feddip_lite.results import atomic_write, read_record, right_id, sealed
 
 RECORD_FILES = (".csv", ".mask", ".safetensors")
 
 
 def explicit(config: dict) -> dict:
     """A stored configuration with the settings that are younger than it, where it ran under another value than the
-    default of today: a shared mask at the start was spread over the prunable tensors (docs/deviations.md D7)."""
+    default of today: masks at the start were spread over the prunable tensors (docs/deviations.md D7)."""
     options = config["method_options"]
-    if options.get("erk") == "shared" and config["model"] == "resnet18":
+    if "erk" in options and config["model"] == "resnet18":
         options = {"erk_over": "prunable", **options}
     return {**config, "method_options": options}
 
 
 def rename(path: Path) -> str | None:
-    """Rename the record whose JSON is `path`, if its id is not the one of its configuration. Returns the new id.
+    """Rename the record whose JSON is `path`. Returns the new id, or None if it has the right one.
 
     Raises:
-        ValueError: the record is damaged, or its right id is taken by another.
+        ValueError: the record is damaged, or of a version whose settings are gone.
+        FileExistsError: its right id is taken by another record.
     """
     record = read_record(path)
-    config = explicit(record["config"])
-    run_id = Config.from_dict(config).run_id
+    renamed = {**record, "config": explicit(record["config"])}
+    renamed["run_id"] = run_id = right_id(path, renamed)
     if run_id == record["run_id"]:
         return None
     new = path.with_name(f"{run_id}.json")
-    if new.exists():
-        raise ValueError(f"{path}: its configuration has the id {run_id}, which is taken; delete one of the two")
-    text = json.dumps({**record, "run_id": run_id, "config": config}, indent=1).removesuffix("\n}").encode()
+    if new.exists() and read_record(new) != renamed:  # if it is the same, an earlier call was cut off before its end
+        raise FileExistsError(f"{path}: its configuration has the id {run_id}, which is taken; delete one of the two")
     for suffix in RECORD_FILES:
         if (old := path.with_suffix(suffix)).exists():
             atomic_write(new.with_suffix(suffix), old.read_bytes())
+    text = json.dumps(renamed, indent=1).removesuffix("\n}").encode()
     atomic_write(new, sealed(text))  # last, as when it was recorded: from here on the run is there under its new id
     for suffix in (".json", *RECORD_FILES):
         path.with_suffix(suffix).unlink(missing_ok=True)
     return run_id
+
+
+def rename_all(folder: Path) -> None:
+    """Rename what lies below `folder`, a printed line each; again as long as something moved, since an id may be taken
+    by a record that is to have another itself. Raises as `rename` does."""
+    taken = None
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            if run_id := rename(path):
+                print(f"{path.relative_to(folder)} -> {run_id}")
+                return rename_all(folder)
+        except FileExistsError as error:
+            taken = taken or error
+    if taken:
+        raise taken
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,9 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="such as results")
     folder = parser.parse_args(arguments).folder
     try:
-        for path in sorted(folder.rglob("*.json")):
-            if run_id := rename(path):
-                print(f"{path.relative_to(folder)} -> {run_id}")
+        rename_all(folder)
     except (ValueError, OSError) as error:
         print(f"tools/rename_records.py: {error}", file=sys.stderr)
         return 2

@@ -29,17 +29,17 @@ class FedDST(Method):
     layer back to its ERK count.
 
     Preset `repo` is the variant of FedDIP's authors (`feddst.py`, `client.py:train_model_dst`): a random first mask;
-    masks that change in the last round of each interval rather than the first; clients that keep their own mask from
+    masks that change in the last round of each interval rather than the second; clients that keep their own mask from
     their first readjustment on; drops by the magnitude received, growth by the mean gradient of a whole pass; and a
     plain mean in which pruned weights count as 0.
 
     Deviations: growth by the gradient of the training loss, over pruned coordinates only (published code: of softmax
     fed to cross-entropy, over all coordinates; FedDIP's authors: of `nll_loss` on raw logits). The annealing factor
     counts once. ERK densities as for all methods here and in FedDIP's code; FedDST's own formula makes layers nearly
-    alike, which leaves the untrained AlexNet a quarter of the signal that these leave (docs/deviations.md). No more
-    weights of a layer are dropped than are pruned there,
-    so a dense layer stays as it is. Under `repo` a client that never readjusted follows the server's mask, and an own
-    mask travels with its weights, since otherwise the server could not place them.
+    alike, which leaves less of the signal in an untrained AlexNet (docs/deviations.md). No more weights of a layer
+    are dropped than are pruned there, so a dense layer stays as it is. Under `repo` a client
+    that never readjusted follows the server's mask, and an own mask travels with its weights, since otherwise the
+    server could not place them.
     """
 
     about = About(

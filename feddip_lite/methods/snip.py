@@ -17,7 +17,7 @@ from .base import About, Memory, Method, Replies, account_of, weighted_mean
 
 @dataclass(frozen=True)
 class SNIP(Method):
-    """Round 0 only scores: each client of its ordinary cohort takes one gradient at the initial weights and sends
+    """Round 0 only scores: each client of its ordinary cohort takes one gradient and sends
     |w*g| over its sum, P numbers; the server keeps the top of the weighted mean, globally, and leaves the weights
     alone. From round 1 on masked SGD on that mask.
 
@@ -37,8 +37,6 @@ class SNIP(Method):
     target_sparsity: float = 0.9
     scored_weights: str = setting("xavier", one_of("xavier", "initial"), "weights at which clients score")
     scored_data: str = setting("batch", one_of("batch", "epoch"), "what they score on: one batch, or all they have")
-
-    presets = {"paper": {}, "repo": {}}
 
     def offer(self, state, t: int, client: int) -> Message:
         offer = super().offer(state, t, client)
