@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .bound_report import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
-from .experiments import splits
+from .experiments import SHARED_START, splits
 from .style import AXES, COLOURS, INK, grid, legend_below, styled
 
 TERM_COLOURS = dict(zip(TERMS, ("#e69f00", COLOURS["feddip"], COLOURS["feddst"], COLOURS["feddp"]), strict=True))
@@ -157,6 +157,7 @@ def _panels(runs: pd.DataFrame, width: float, height: float) -> tuple[Figure, It
 
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str) -> None:
-    first = runs.iloc[0]
-    words = f"{first['setting'].split(', lr schedule')[0]}"
+    setting = runs["setting"].iloc[0]
+    words = setting.removesuffix(SHARED_START).split(", lr schedule")[0]
+    words += SHARED_START if setting.endswith(SHARED_START) else ""
     figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from .config import Config
-from .experiments import NAMES, SHARED, SPLIT, labels, shared_start
+from .experiments import NAMES, SHARED, SHARED_START, SPLIT, labels, shared_start
 from .markdown import table
 from .report import mean_of, paired, quantity
 from .results import headline, interval
@@ -187,4 +187,5 @@ def _sparsity_axis(panel: Axes, sparsities: list[float]) -> None:
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str, more: str) -> None:
     words = [word for word in runs["setting"].iloc[0].split(", ") if not word.startswith("target sparsity")]
-    figure.suptitle(f"{title}; {runs['split'].iloc[0]}\n{', '.join(words[:4])}; {more}", x=0.01, ha="left")
+    shown = [*words[:4], *(word for word in words[4:] if word in SHARED_START)]
+    figure.suptitle(f"{title}; {runs['split'].iloc[0]}\n{', '.join(shown)}; {more}", x=0.01, ha="left")
