@@ -175,7 +175,7 @@ def test_main_runs_leave_ablations_out(folder, monkeypatch):
 
 
 def test_an_unknown_profile_is_refused_by_name():
-    with pytest.raises(ValueError, match="PROFILE: 'smoke' is not valid; expected one of quick, lite, long, paper"):
+    with pytest.raises(ValueError, match="PROFILE: 'smoke' is not valid; expected one of quick, lite, paper"):
         profile_queue("smoke")
 
 
