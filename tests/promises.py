@@ -127,7 +127,7 @@ PROMISES = {
         Promise(
             "A changed default never makes a stored result pass for the run of today: it is refused with its right id.",
             {
-                test_rename_records.test_the_id_of_a_record_follows_from_its_configuration: 1,
+                test_rename_records.test_the_id_of_every_record_follows_from_its_configuration: 1,
                 test_rename_records.test_a_record_from_before_a_changed_default_is_never_taken_for_the_new_run: 1,
                 test_rename_records.test_renaming_moves_a_record_whole_and_a_second_call_changes_nothing: 1,
             },
