@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .bound_report import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
-from .experiments import SHARED_START, splits
+from .experiments import splits
 from .style import AXES, COLOURS, INK, grid, legend_below, styled
 
 TERM_COLOURS = dict(zip(TERMS, ("#e69f00", COLOURS["feddip"], COLOURS["feddst"], COLOURS["feddp"]), strict=True))
@@ -157,7 +157,6 @@ def _panels(runs: pd.DataFrame, width: float, height: float) -> tuple[Figure, It
 
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str) -> None:
-    setting = runs["setting"].iloc[0]
-    words = setting.removesuffix(SHARED_START).split(", lr schedule")[0]
-    words += SHARED_START if setting.endswith(SHARED_START) else ""
-    figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")
+    words = runs["setting"].iloc[0].split(", ")  # panels say the schedule
+    shown = [word for word in words if not word.startswith(("lr schedule", "smoothness"))]
+    figure.suptitle(f"{title}\n{', '.join(shown)}", x=0.01, ha="left")

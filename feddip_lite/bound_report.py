@@ -14,7 +14,7 @@ import pandas as pd
 
 from .bound import Bound, Estimates, assemble
 from .bound_runs import ESTIMATES
-from .experiments import recorded, shared_start, splits
+from .experiments import own_start, recorded, shared_start, splits
 from .markdown import table
 
 SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
@@ -64,7 +64,7 @@ def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
     """The recorded runs with estimates; where FedDIP's own start was not followed yet, those of `shared_start`. Never
     both."""
     records = recorded("bound/lite", folder)
-    own = records[~records["changed"].astype(str).str.contains(r"\berk\b")]
+    own = own_start(records)
     return own if (own["label"] == "FedDIP").any() else shared_start(records)
 
 

@@ -74,9 +74,7 @@ class Config:
     partition: str = setting("iid", one_of("iid", "pathological", "dirichlet"), "how data is dealt to clients")
     classes_per_client: int = setting(2, integer(1), "classes a client has, pathological partition")
     classes_dealt: str = setting(
-        "drawn",
-        one_of("drawn", "in_order"),
-        "which classes go together, pathological partition",
+        "drawn", one_of("drawn", "in_order"), "which classes go together, pathological partition"
     )
     alpha: float = setting(0.5, real("(0, inf)"), "concentration of the Dirichlet partition")
     validation: float = setting(

@@ -73,7 +73,8 @@ def execute(
     config = config.resolved()
     if results_dir is None:
         state, clients, method = prepare(config)
-        last = _train(Progress(state), connect(clients, method, config), method, config, progress)
+        with closing(clients.workers):
+            last = _train(Progress(state), connect(clients, method, config), method, config, progress)
         return history_of(last, config)
     folder = Path(results_dir)
     path = folder / f"{config.run_id}.{suffix}"
@@ -134,30 +135,27 @@ def _train(
     """All remaining rounds, checkpointed at `path` if given."""
     saved = row_start = time.monotonic()
     with _bar_of(show, progress, config) as bar, running(config), _naming_last_loss(progress):
-        try:
-            while progress.state.round < config.rounds:
-                record = advance(progress, clients, method, config)
-                state = progress.state
-                if state.round % config.eval_every == 0 or state.round == config.rounds:
-                    metrics = evaluate_state(state, clients)
-                    now = time.monotonic()
-                    progress.rows.append(_row(record, metrics, progress, now - row_start))
-                    progress.wall_seconds += now - row_start
-                    progress.up_bytes = progress.down_bytes = progress.regrown = 0
-                    progress.row_mask = state.mask
-                    row_start = now
-                    bar.set_postfix_str(f"accuracy {metrics['accuracy']:.4f}", refresh=False)
-                bar.update()
+        while progress.state.round < config.rounds:
+            record = advance(progress, clients, method, config)
+            state = progress.state
+            if state.round % config.eval_every == 0 or state.round == config.rounds:
+                metrics = evaluate_state(state, clients)
                 now = time.monotonic()
-                due = state.round % checkpoint_every == 0 if checkpoint_every else now - saved > CHECKPOINT_SECONDS
-                if path is not None and (due or now > deadline) and state.round < config.rounds:
-                    save_checkpoint(path, progress, config)
-                    saved = time.monotonic()
-                    row_start += saved - now  # a checkpoint's time is not the round's
-                    if now > deadline:
-                        raise OutOfTime(f"{config.run_id}: out of time after {state.round} of {config.rounds} rounds")
-        finally:
-            clients.workers.close()
+                progress.rows.append(_row(record, metrics, progress, now - row_start))
+                progress.wall_seconds += now - row_start
+                progress.up_bytes = progress.down_bytes = progress.regrown = 0
+                progress.row_mask = state.mask
+                row_start = now
+                bar.set_postfix_str(f"accuracy {metrics['accuracy']:.4f}", refresh=False)
+            bar.update()
+            now = time.monotonic()
+            due = state.round % checkpoint_every == 0 if checkpoint_every else now - saved > CHECKPOINT_SECONDS
+            if path is not None and (due or now > deadline) and state.round < config.rounds:
+                save_checkpoint(path, progress, config)
+                saved = time.monotonic()
+                row_start += saved - now  # a checkpoint's time is not the round's
+                if now > deadline:
+                    raise OutOfTime(f"{config.run_id}: out of time after {state.round} of {config.rounds} rounds")
     return progress
 
 

@@ -26,7 +26,7 @@ PROFILES = ("quick", "lite", "paper")
 """The profiles that notebooks run under."""
 RECORDED = ("lite", "long", "paper")
 """The profiles whose runs are recorded in `results/`."""
-SHARED_START = ", shared random start"
+SHARED_START = "shared random start"
 """What the setting of runs says that `shared_start` made comparable."""
 NAMES = {name: title_of(name) for name in METHODS} | {
     "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
@@ -117,12 +117,21 @@ def shared_start(results: pd.DataFrame) -> pd.DataFrame:
     those runs under their plain names, none of theirs that begins otherwise, and `SHARED_START` in every setting."""
     if results.empty:
         return results
-    options = results["method_options"].map(json.loads)
-    begins = options.map(lambda own: own.get("erk", "shared"))  # other methods have no such option
+    alike = results[_begins(results).isin(["shared", ""])].drop(columns=list(ADDED))
+    options = alike["method_options"].map(json.loads)
     plain = options.map(lambda own: {name: value for name, value in own.items() if not name.startswith("erk")})
-    renamed = results.assign(method_options=plain.map(lambda own: json.dumps(own, sort_keys=True)))
-    runs = describe(renamed[begins == "shared"].drop(columns=list(ADDED)))
-    return runs.assign(setting=runs["setting"] + SHARED_START)
+    runs = describe(alike.assign(method_options=plain.map(lambda own: json.dumps(own, sort_keys=True))))
+    return runs.assign(setting=runs["setting"] + f", {SHARED_START}")
+
+
+def own_start(results: pd.DataFrame) -> pd.DataFrame:
+    """`results` without the runs of FedDP and FedDIP that begin with a shared random mask."""
+    return results[_begins(results) != "shared"]
+
+
+def _begins(results: pd.DataFrame) -> pd.Series:
+    """The option `erk` of each row, empty for the methods that have none."""
+    return results["method_options"].map(lambda text: json.loads(text).get("erk", ""))
 
 
 def describe(results: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from .config import Config
-from .experiments import NAMES, SHARED, SHARED_START, SPLIT, labels, shared_start
+from .experiments import NAMES, SHARED, SHARED_START, SPLIT, labels, own_start, shared_start
 from .markdown import table
 from .report import mean_of, paired, quantity
 from .results import headline, interval
@@ -79,7 +79,7 @@ def ablations(results: pd.DataFrame) -> pd.DataFrame:
     runs = _at_home(results)
     runs = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["changed"] != "upload")]
     alone = (runs["method"] == "feddip") & (runs["preset"] == "paper") & runs["changed"].isin(["erk", "erk, erk_over"])
-    runs = runs[alone | ~runs["changed"].astype(str).str.contains(r"\berk\b")]
+    runs = pd.concat([own_start(runs), runs[alone]])
     runs = runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
     return runs if "FedDIP" in set(runs["variant"]) else runs.iloc[:0]
 
@@ -187,5 +187,5 @@ def _sparsity_axis(panel: Axes, sparsities: list[float]) -> None:
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str, more: str) -> None:
     words = [word for word in runs["setting"].iloc[0].split(", ") if not word.startswith("target sparsity")]
-    shown = [*words[:4], *(word for word in words[4:] if word in SHARED_START)]
+    shown = [*words[:4], *(word for word in words[4:] if word == SHARED_START)]
     figure.suptitle(f"{title}; {runs['split'].iloc[0]}\n{', '.join(shown)}; {more}", x=0.01, ha="left")

@@ -50,9 +50,10 @@ def collect(futures: Mapping[int, Job], workers: Workers, state: ServerState, co
     """Wait for all clients. Returns (replies, memories, skipped), each by client id in ascending order.
 
     Raises:
-        ClientFailure: under "abort", of the first client that failed; none is running any more.
+        ClientFailure: under "abort", of the first client that failed, when none is running any more; and if every one
+            diverged.
     """
-    replies, memories, skipped = {}, {}, {}
+    replies, memories, skipped, errors = {}, {}, {}, []
     # A client looks at the clock itself, between batches; only one that does not even do that is given up.
     limit = None if config.client_timeout is None else 2 * config.client_timeout
     for client, future in futures.items():
@@ -67,10 +68,14 @@ def collect(futures: Mapping[int, Job], workers: Workers, state: ServerState, co
                     with suppress(Exception, SystemExit):
                         workers.result(other, limit)
             _judge(client, error, skipped, config, state.round)
+            errors.append(error)
         else:
             replies[client] = reply
             if memory:
                 memories[client] = memory
+    if not replies and all(isinstance(error, Diverged) for error in errors):
+        last = f"client {client}: {skipped[client]}"
+        raise ClientFailure(f"round {state.round}: every client failed; {last}") from errors[-1]
     return replies, memories, skipped
 
 
@@ -91,9 +96,7 @@ def merge(method: Method, state: ServerState, replies: dict[int, Message], skipp
     t = state.round
     if not replies:
         client, reason = next(reversed(skipped.items()))
-        diverged = all(said.startswith(f"{Diverged.__name__}: ") for said in skipped.values())
-        cause = Diverged(reason) if diverged else None
-        raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}") from cause
+        raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}")
     try:
         return _merged(method, state, replies), replies
     except Exception:

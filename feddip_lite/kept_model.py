@@ -4,8 +4,8 @@
     mask     uint8 (ceil(P / 8),), as `numpy.packbits` makes it: is prunable weight i kept
     buffers  float32 (b,), BatchNorm's running means and variances; absent without BatchNorm
 
-A dense model has all n values and no mask. The metadata's `layout`, JSON, names the
-tensors that lie one after the other in `values` and `buffers`, with their shapes, and says how many are prunable.
+A dense model has all n values and no mask. The metadata's `layout`, JSON, names the tensors that lie one after the
+other in `values` and `buffers`, with their shapes, and says how many are prunable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -23,29 +22,20 @@ from torch import Tensor
 
 from .layout import Layout, Slot
 
-LARGEST_COMMITTED = 100 * 1024  # bytes; larger model files stay out of the repository
-
 
 @dataclass(frozen=True)
 class KeptModel:
-    """A sparse model: `weights` (n,) float32, zero where `mask` (P,) bool is False, and `buffers` (b,) float32.
+    """A sparse model: `weights` (n,) float32, zero where `mask` (P,) bool is False, and `buffers` (b,) float32."""
 
-    `tensors` and `statistics`: (name, shape) of each part of `weights` and `buffers`, in order.
-    """
-
+    layout: Layout
     weights: Tensor
     mask: Tensor
     buffers: Tensor
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
-    statistics: tuple[tuple[str, tuple[int, ...]], ...]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> tensor in its own shape: weights, then BatchNorm's statistics."""
-        named = {}
-        for vector, parts in ((self.weights, self.tensors), (self.buffers, self.statistics)):
-            pieces = vector.split([prod(shape) for _, shape in parts])
-            named |= {name: piece.view(shape) for (name, shape), piece in zip(parts, pieces, strict=True)}
-        return named
+        weights = {slot.name: slot.of(self.weights) for slot in self.layout.slots}
+        return weights | {slot.name: slot.of(self.buffers) for slot in self.layout.buffer_slots}
 
 
 def model_file(layout: Layout, weights: Tensor, mask: Tensor, buffers: Tensor) -> bytes:
@@ -74,17 +64,13 @@ def read_model_file(path) -> KeptModel:
     try:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            layout = json.loads(file.metadata()["layout"])
-        tensors, statistics = _parts(layout["tensors"]), _parts(layout["statistics"])
-        size = sum(prod(shape) for _, shape in tensors)
-        prunable = sum(prod(shape) for _, shape in tensors[: layout["prunable"]])
-        mask, weights = torch.ones(prunable, dtype=torch.bool), stored["values"]
+            told = json.loads(file.metadata()["layout"])
+        layout = Layout.placed(_parts(told["tensors"]), told["prunable"], _parts(told["statistics"]))
+        mask = torch.ones(layout.prunable, dtype=torch.bool)
         if "mask" in stored:
-            mask = torch.from_numpy(np.unpackbits(stored["mask"].numpy(), count=prunable).astype(bool))
-            kept, weights = int(mask.sum()), torch.zeros(size)
-            weights[:prunable][mask] = stored["values"][:kept]
-            weights[prunable:] = stored["values"][kept:]
-        return KeptModel(weights, mask, stored.get("buffers", torch.zeros(0)), tensors, statistics)
+            mask = torch.from_numpy(np.unpackbits(stored["mask"].numpy(), count=layout.prunable).view(np.bool_))
+        weights = layout.unpack(stored["values"], mask)
+        return KeptModel(layout, weights, mask, stored.get("buffers", torch.zeros(0)))
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -95,5 +81,5 @@ def _described(slots: Sequence[Slot]) -> list[list]:
     return [[slot.name, list(slot.shape)] for slot in slots]
 
 
-def _parts(described: list) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(shape)) for name, shape in described)
+def _parts(described: list) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(shape)) for name, shape in described]

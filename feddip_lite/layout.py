@@ -8,7 +8,7 @@ that a masked model is one multiplication and an SGD step two vector operations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -69,7 +69,18 @@ class Layout:
                 (prunable if is_weight and not kept_dense else dense).append((name, tuple(parameter.shape)))
         buffers = [(name, tuple(b.shape)) for name, b in module.named_buffers() if b.is_floating_point()]
         uses = uses_per_sample(module, image_shape) if image_shape else {}
-        return cls(_place(prunable + dense, uses), len(prunable), _place(buffers, {}))
+        return cls.placed(prunable + dense, len(prunable), buffers, uses)
+
+    @classmethod
+    def placed(
+        cls,
+        tensors: Sequence[tuple[str, tuple[int, ...]]],
+        num_prunable: int,
+        buffers: Sequence[tuple[str, tuple[int, ...]]] = (),
+        uses: Mapping[str, int] | None = None,
+    ) -> Layout:
+        """The layout of these (name, shape) one after the other, of which the first `num_prunable` are prunable."""
+        return cls(_place(tensors, uses or {}), num_prunable, _place(buffers, {}))
 
     @property
     def size(self) -> int:
@@ -199,7 +210,7 @@ def uses_per_sample(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str
     return uses
 
 
-def _place(tensors: list[tuple[str, tuple[int, ...]]], uses: Mapping[str, int]) -> tuple[Slot, ...]:
+def _place(tensors: Sequence[tuple[str, tuple[int, ...]]], uses: Mapping[str, int]) -> tuple[Slot, ...]:
     slots, start = [], 0
     for name, shape in tensors:
         slots.append(Slot(name, shape, start, start + prod(shape), uses.get(name, 1)))

@@ -299,8 +299,8 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
         means = run.sort_values("round").tail(HEADLINE_ROWS)[[name for name in METRICS if name in run]].mean()
         totals = {name: int(run[name].sum()) for name in ("up_bytes", "down_bytes")}
         measured = means.to_dict() | totals
-        if last["diverged"]:
-            measured = dict.fromkeys([*measured, *({*COLUMNS, "mib"} & {*last} - {"round"})], math.nan)
+        if last["diverged"]:  # its last row has no other numbers
+            measured = dict.fromkeys([*measured, "regrown", "mib"], math.nan)
         rows.append(last | measured)
     return pd.DataFrame(rows)
 

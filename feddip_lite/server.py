@@ -27,7 +27,7 @@ from .methods import Method
 from .methods.base import Memory, samples_of
 from .plan import Diverged, LocalResult
 from .seeds import numpy_generator
-from .sparsity import density, jaccard
+from .sparsity import density
 from .workers import Workers
 
 EVALUATION_CHUNK = 1024  # test samples per job; fixed, so that the bits do not depend on the number of workers
@@ -92,7 +92,6 @@ class RoundRecord:
     penalty: float
     up_bytes: int
     down_bytes: int
-    mask_overlap: float
     regrown: int
     pruning_error: float
     memories: Mapping[int, Memory]
@@ -130,7 +129,6 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
         penalty=method.penalty(t),
         up_bytes=sum(num_bytes(reply) for reply in replies.values()),
         down_bytes=sum(num_bytes(offer) for offer in offers.values()),
-        mask_overlap=jaccard(state.mask, new.mask),
         regrown=int((new.mask & ~state.mask).sum()),
         pruning_error=pruning_error(prunable, new.mask),
         memories={client: memory for client, memory in memories.items() if client in replies},

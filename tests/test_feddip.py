@@ -213,6 +213,18 @@ def test_shortcuts_share_in_erk_and_come_out_dense(width):
         assert int((~mask).sum()) == pytest.approx(0.5 * (layout.prunable + size[what]), abs=len(slots))
 
 
+def test_the_shortcuts_share_makes_the_last_layers_a_hundredth_sparser():
+    layout = Layout.of(empty_model("resnet18", None, classes=100, width=1.0, channels=3, size=32))
+    found = {}
+    for what in ("weights", "prunable"):
+        mask = method_of(layout, erk_over=what).erk_mask(0)
+        last = [
+            slot for slot in layout.prunable_slots if slot.name.startswith("blocks.7.") or slot.shape[:2] == (512, 256)
+        ]
+        found[what] = sorted({round(1 - slot.of(mask).double().mean().item(), 3) for slot in last})
+    assert found == {"weights": [0.465, 0.644], "prunable": [0.454, 0.637]}
+
+
 def test_shared_mask_of_round_0_is_a_function_of_the_seed_and_goes_out_with_the_first_download(layout):
     masks = [method_of(layout, seed=seed, erk="shared").start()[0] for seed in (1, 1, 2)]
     assert torch.equal(masks[0], masks[1])

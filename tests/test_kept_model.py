@@ -12,11 +12,12 @@ from safetensors.torch import load
 
 from feddip_lite.engine import run
 from feddip_lite.federation import prepare
-from feddip_lite.kept_model import LARGEST_COMMITTED, model_file, read_model_file
+from feddip_lite.kept_model import model_file, read_model_file
 from feddip_lite.models import build_model
 from feddip_lite.results import ROOT, read_mask, read_model, read_run
 from feddip_lite.seeds import derive
 
+LARGEST_COMMITTED = 100 * 1024  # bytes; larger models stay out of the repository
 RESNET = {"model": "resnet18", "width": 0.05, "clients_per_round": 2, "rounds": 1}
 
 
@@ -97,7 +98,11 @@ def test_damaged_missing_and_foreign_files_are_refused_by_name(tmp_path, layout)
 
 def test_committed_models_are_small_and_belong_to_their_records():
     command = ["git", "-C", str(ROOT), "ls-files", "results/*.safetensors"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no checkout of git")
+    listed = done.stdout.split()
+    assert listed
     for path in map(ROOT.joinpath, listed):
         assert path.stat().st_size < LARGEST_COMMITTED
         assert len(read_model(path.parent, path.stem).weights) > 0

@@ -8,8 +8,10 @@ import torch
 from conftest import LEARNING, answers, random_bools, started, state_of, tiny_config
 
 from feddip_lite import run
+from feddip_lite.layout import Layout
 from feddip_lite.message import Message, num_bytes
 from feddip_lite.methods.mpfl import MPFL
+from feddip_lite.models import build_model
 from feddip_lite.sparsity import num_kept
 
 
@@ -120,6 +122,14 @@ def test_weights_that_the_mask_dropped_do_not_return_whatever_clients_vote(layou
     mask = random_bools(layout.prunable, 0.5)
     replies = {client: replace(ballot(), mask=~mask) for client in range(3)}
     assert not bool((method.merge(state_of(layout, mask), replies, 0).mask & ~mask).any())
+
+
+@pytest.mark.parametrize(("model", "size", "percent"), [("lenet5", 28, 4), ("alexnet", 32, 10)])
+def test_convolutions_are_too_small_a_part_to_reach_the_common_target_alone(model, size, percent):
+    module = build_model(model, classes=10, width=1.0, channels=1 if size == 28 else 3, size=size)
+    slots = Layout.of(module).prunable_slots
+    kinds = {kind: sum(slot.stop - slot.start for slot in slots if len(slot.shape) == kind) for kind in (2, 4)}
+    assert round(100 * kinds[4] / sum(kinds.values())) == percent
 
 
 def test_mpfl_learns_the_digits_at_its_target_sparsity():

@@ -78,13 +78,19 @@ def test_a_call_that_was_cut_off_is_finished_by_the_next(tmp_path, before, capsy
 def test_an_id_that_is_held_by_a_record_which_moves_itself_is_no_conflict(tmp_path, monkeypatch, capsys):
     """Two defaults change places: each record's right id is the one that the other has."""
     swapped = {"paper": {"mask_source": "masked_average"}, "repo": {"mask_source": "dense_average"}, "memory": {}}
-    configs = [tiny_config(method="feddp", rounds=1, mask_interval=interval) for interval in (1, 5)]
+
+    def right(config):
+        return replace(config, method_options={"mask_source": "masked_average"}).run_id
+
+    choices = [tiny_config(method="feddp", rounds=1, mask_interval=interval) for interval in range(1, 9)]
+    blocked_first = next(config for config in choices if config.run_id < right(config))  # met before what blocks it
+    configs = [blocked_first, next(config for config in choices if config != blocked_first)]
     with monkeypatch.context() as then:
         then.setattr(FedDP, "presets", swapped)
         for config in configs:
             run(config, results_dir=tmp_path, progress=False)
-    rights = [replace(config, method_options={"mask_source": "masked_average"}).run_id for config in configs]
-    first, second = (tmp_path / f"{config.run_id}.json" for config in configs)
+    rights = [right(config) for config in configs]
+    _, second = (tmp_path / f"{config.run_id}.json" for config in configs)
     blocked = tmp_path / f"{rights[0]}.json"  # the second record, under the id that the first is to have
     for suffix in (".json", ".csv", ".mask", ".safetensors"):
         second.with_suffix(suffix).rename(blocked.with_suffix(suffix))

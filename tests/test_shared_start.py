@@ -8,7 +8,7 @@ import pytest
 
 from feddip_lite.bound_report import recorded_paths
 from feddip_lite.config import Config
-from feddip_lite.experiments import SHARED_START, describe, main_runs, profile_queue, recorded, shared_start
+from feddip_lite.experiments import SHARED_START, main_runs, profile_queue, recorded, shared_start
 from feddip_lite.extremes import ablations, recorded_ablations, recorded_sweep
 from feddip_lite.results import COLUMNS, save_run, save_table
 
@@ -114,4 +114,3 @@ def test_no_recorded_comparison_of_this_repository_mixes_the_two():
             labelled = runs["setting"].str.endswith(SHARED_START)
             assert labelled.all() or not labelled.any()
             assert labelled.any() or starts(runs) <= {"per_client"}
-    assert describe(pd.DataFrame(columns=["run_id", *COLUMNS])).empty

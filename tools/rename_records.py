@@ -53,14 +53,18 @@ def rename(path: Path) -> str | None:
 def rename_all(folder: Path) -> None:
     """Rename what lies below `folder`, a printed line each; again as long as something moved, since an id may be taken
     by a record that is to have another itself. Raises as `rename` does."""
-    taken = None
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            if run_id := rename(path):
+    moved, taken = True, None
+    while moved:
+        moved, taken = False, None
+        for path in sorted(folder.rglob("*.json")):
+            try:
+                run_id = rename(path)
+            except FileExistsError as error:
+                taken = taken or error
+                continue
+            if run_id:
+                moved = True
                 print(f"{path.relative_to(folder)} -> {run_id}")
-                return rename_all(folder)
-        except FileExistsError as error:
-            taken = taken or error
     if taken:
         raise taken
 

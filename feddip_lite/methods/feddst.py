@@ -37,9 +37,9 @@ class FedDST(Method):
     fed to cross-entropy, over all coordinates; FedDIP's authors: of `nll_loss` on raw logits). The annealing factor
     counts once. ERK densities as for all methods here and in FedDIP's code; FedDST's own formula makes layers nearly
     alike, which leaves less of the signal in an untrained AlexNet (docs/deviations.md). No more weights of a layer
-    are dropped than are pruned there, so a dense layer stays as it is. Under `repo` a client
-    that never readjusted follows the server's mask, and an own mask travels with its weights, since otherwise the
-    server could not place them.
+    are dropped than are pruned there, so a dense layer stays as it is. Under `repo` a client that never readjusted
+    follows the server's mask, and an own mask travels with its weights, since otherwise the server could not place
+    them.
     """
 
     about = About(

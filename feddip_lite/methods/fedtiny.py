@@ -44,7 +44,7 @@ class FedTiny(Method):
 
     target_sparsity: float = 0.9
     mask_interval: int = 10
-    candidates: int = setting(5, integer(1, 8), "candidate masks to choose from (published commands: 5)")
+    candidates: int = setting(5, integer(1, 8), "masks to choose from (published commands: 5)")
     spread: float = setting(0.5, real("[0, 1)"), "layer densities of candidates are scaled by 1 - spread .. 1 + spread")
     replaced: float = setting(
         0.2, real("[0, 1]"), "share of a layer's kept weights replaced at first (published default: 0.2)"
