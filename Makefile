@@ -68,8 +68,8 @@ flower: $(FLOWER) ## the same rounds in one process and on Flower, simulated and
 	$(PY) tools/flower.py --folder build/flower
 
 flower-test: $(FLOWER) ## all tests of the federation on Flower, with real processes
-	MPLBACKEND=Agg $(PY) -m pytest -m "slow or not slow" tests/test_flower.py tests/test_flower_run.py \
-	  tests/test_flower_processes.py
+	MPLBACKEND=Agg $(PY) -m pytest -m "slow or not slow" tests/flower/test_flower_server.py tests/flower/test_flower_processes.py \
+	  tests/flower/test_flower_machines.py
 
 bench: $(READY)  ## time the engine against stock operators
 	$(PY) benchmarks/engine.py

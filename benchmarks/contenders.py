@@ -23,13 +23,14 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from feddip_lite import operators
 from feddip_lite.config import Config
-from feddip_lite.data import augment, normalise
-from feddip_lite.engine import running
-from feddip_lite.federation import prepare
-from feddip_lite.models import build_model
-from feddip_lite.server import evaluate_state, run_round, sample_cohort
+from feddip_lite.core import linear as operators
+from feddip_lite.core.models import build_model
+from feddip_lite.data.datasets import augment, normalise
+from feddip_lite.train.evaluate import evaluate_state
+from feddip_lite.train.round import run_round, sample_cohort
+from feddip_lite.train.run import running
+from feddip_lite.train.setup import prepare
 
 
 def stock_model(config: Config, data) -> nn.Module:

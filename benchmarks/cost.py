@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 
 from feddip_lite.config import Config
-from feddip_lite.cost import sparse_model
-from feddip_lite.cost_clients import CLIENTS, client_rows
-from feddip_lite.cost_runs import inference_rows, largest_linear, layer_rows, model_name, sizes, untouched
-from feddip_lite.experiments import recorded
-from feddip_lite.results import ROOT, plain, provenance, read_mask
+from feddip_lite.records.catalogue import recorded
+from feddip_lite.records.provenance import provenance
+from feddip_lite.records.store import ROOT, plain, read_mask
+from feddip_lite.studies.cost.client import CLIENTS, client_rows
+from feddip_lite.studies.cost.count import sparse_model
+from feddip_lite.studies.cost.measure import inference_rows, largest_linear, layer_rows, model_name, sizes, untouched
 
 MODELS = (
     {"dataset": "fashionmnist", "model": "lenet5"},

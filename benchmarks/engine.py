@@ -20,11 +20,12 @@ import sys
 import time
 from pathlib import Path
 
+import feddip_lite.federation
 import torch
 
-import feddip_lite.federation
 from feddip_lite.config import Config
-from feddip_lite.results import plain, provenance
+from feddip_lite.records.provenance import provenance
+from feddip_lite.records.store import plain
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contenders import CONTENDERS

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from feddip_lite import Config
-from feddip_lite.engine import run
-from feddip_lite.flower_parity import HERE
-from feddip_lite.flower_run import Federation
-from feddip_lite.results import plain, provenance, read_run
+from feddip_lite.flower.parity import HERE
+from feddip_lite.flower.processes import Federation
+from feddip_lite.records.provenance import provenance
+from feddip_lite.records.store import plain, read_run
+from feddip_lite.train.run import run
 
 PLACES = (HERE, "simulation")
 SETTINGS = {"method": "fedavg", "dataset": "digits", "clients_per_round": 5, "local_epochs": 1, "device": "cpu"}

@@ -25,9 +25,10 @@ TIME = [{"clients_per_round": clients} for clients in (5, 10, 20)] + [{"local_ep
 def measure(settings: dict) -> dict:
     """Start-up, median seconds of training per round over five rounds after the first, steps per round, peak MiB."""
     from feddip_lite.config import Config
-    from feddip_lite.engine import running
-    from feddip_lite.federation import prepare
-    from feddip_lite.server import evaluate_state, run_round
+    from feddip_lite.train.evaluate import evaluate_state
+    from feddip_lite.train.round import run_round
+    from feddip_lite.train.run import running
+    from feddip_lite.train.setup import prepare
 
     config = Config(method="feddip", dataset="fashionmnist", rounds=200, device="cpu", **settings).resolved()
     start = time.perf_counter()
@@ -64,7 +65,7 @@ def main() -> None:
     if given.write:
         import torch
 
-        from feddip_lite.results import provenance
+        from feddip_lite.records.provenance import provenance
 
         facts = provenance(torch.device("cpu"), torch.get_num_threads())
         text = json.dumps({"rows": rows, "provenance": facts}, indent=1)

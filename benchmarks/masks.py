@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from feddip_lite.config import Config
-from feddip_lite.engine import running
-from feddip_lite.layout import Layout, kept_indices
-from feddip_lite.message import Message, num_bytes
-from feddip_lite.models import build_model
-from feddip_lite.results import provenance
-from feddip_lite.sparsity import num_kept, topk_mask
+from feddip_lite.core.flat import Layout, kept_indices
+from feddip_lite.core.message import Message, num_bytes
+from feddip_lite.core.models import build_model
+from feddip_lite.core.sparsity import num_kept, topk_mask
+from feddip_lite.records.provenance import provenance
+from feddip_lite.train.run import running
 
 INTERVAL = 5  # rounds between pruning events (FedDIP's R)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)

@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from .config import Config
-from .engine import run
-from .results import load_results
+from .records.store import load_results
+from .train.run import run
 
 __all__ = ["Config", "load_results", "run"]

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from . import doctor
-from .checks import refuse_unknown
 from .config import Config
-from .engine import OutOfTime, execute, is_divergence, progress_bar, run
-from .failures import ClientFailure
-from .plan import Diverged
-from .profiles import load_profile
-from .results import Held, read_run
+from .core.errors import ClientFailure, Diverged, Held, OutOfTime, is_divergence
+from .core.settings import refuse_unknown
+from .records.profiles import load_profile
+from .records.store import read_run
+from .train.run import execute, progress_bar, run
 
 FAILED = 1
 BAD_INPUT = 2
@@ -110,7 +109,7 @@ def _run(given: argparse.Namespace, every: int | None) -> int:
     values = {item.name: _value(getattr(given, item.name)) for item in fields(Config) if hasattr(given, item.name)}
     config = Config.from_dict(values)
     if given.on != "here":
-        from .flower_run import launch  # only here, so that a run in one process knows nothing of Flower
+        from .flower.processes import launch  # only here, so that a run in one process knows nothing of Flower
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that `launch` ends what it has started
         launch(config, given.results, given.on, checkpoint_every=every or 1)

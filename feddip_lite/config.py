@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from .checks import Check, integer, nearest, one_of, real, refuse_unknown, setting, validate
-from .data import DATASETS
-from .methods import METHODS, resolved_options, settings_of
-from .models import MODELS
-from .schedules import lr_at
+from .core.models import MODELS
+from .core.schedules import lr_at
+from .core.settings import Check, integer, nearest, one_of, real, refuse_unknown, setting, validate
+from .data.datasets import DATASETS
+from .methods.registry import METHODS, resolved_options, settings_of
 
 OWN = "the method's own value"
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
@@ -59,36 +58,14 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """The commit of the checkout this file lies in, with "+" if the package has changes that it lacks, or None."""
-    package = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "."))
-    except (OSError, subprocess.SubprocessError):  # no git here, no checkout, or a stuck network drive
-        return None
-
-
-def device_name() -> str:
-    """The GPU that torch can use, with its memory, or "no GPU"."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a driver too old for this torch warns here; _torch() says it in words
-        if not torch.cuda.is_available():
-            return "no GPU"
-    gpu = torch.cuda.get_device_properties(0)
-    return f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
-
-
 def _python() -> Iterator[Finding]:
     yield f"python {sys.version.split()[0]}, {sys.executable}", False
     installed = version(DISTRIBUTION) or "(run from its folder, not installed)"
-    yield f"feddip_lite {installed}, {commit() or 'no commit'}", False
+    try:
+        commit = import_module("feddip_lite.records.provenance").commit() or "no commit"
+    except Exception as error:  # a broken torch, which `_torch` names
+        commit = f"does not import ({_last_line(str(error))})"
+    yield f"feddip_lite {installed}, {commit}", False
 
 
 def _libraries() -> Iterator[Finding]:
@@ -113,7 +90,7 @@ def _torch() -> Iterator[Finding]:
     except Exception as error:
         yield f"torch does not import ({_last_line(str(error))}): run `make clean-env setup`", True
         return
-    gpu, built = device_name(), torch.version.cuda or torch.version.hip
+    gpu, built = import_module("feddip_lite.records.provenance").device_name(), torch.version.cuda or torch.version.hip
     if gpu == "no GPU" and shutil.which("nvidia-smi"):
         why = f"driver too old for CUDA {built}, or the GPU is hidden" if built else "this torch is a CPU build"
         gpu += f" that torch can use, though nvidia-smi is here ({why})"
@@ -152,7 +129,7 @@ def _data(root: Path) -> Iterator[Finding]:
 
 def _load(name: str, root: Path) -> Finding:
     try:
-        data = import_module("feddip_lite.data").load_dataset(name, root)
+        data = import_module("feddip_lite.data.datasets").load_dataset(name, root)
     except Exception as error:  # whatever it is, the user has to hear it in one line
         return f"{name}: damaged or unreadable, {_last_line(str(error)) or type(error).__name__}", True
     images = f"{len(data.train_images)} + {len(data.test_images)} images"

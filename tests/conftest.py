@@ -14,17 +14,19 @@ import torch
 from torch import nn
 
 from feddip_lite import Config
-from feddip_lite.data import Dataset
-from feddip_lite.engine import OutOfTime, execute
-from feddip_lite.federation import prepare
-from feddip_lite.layout import FlatModel, Layout
-from feddip_lite.local import local_update
-from feddip_lite.message import Message
+from feddip_lite.core.errors import OutOfTime
+from feddip_lite.core.flat import FlatModel, Layout
+from feddip_lite.core.message import Message
+from feddip_lite.core.state import ServerState
+from feddip_lite.data.datasets import Dataset
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.base import Method
 from feddip_lite.methods.fedavg import FedAvg
-from feddip_lite.results import ROOT
-from feddip_lite.server import ServerState, run_round
+from feddip_lite.records.store import ROOT
+from feddip_lite.train.client import local_update
+from feddip_lite.train.round import run_round
+from feddip_lite.train.run import execute
+from feddip_lite.train.setup import prepare
 
 TINY = {
     "dataset": "digits",

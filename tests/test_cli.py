@@ -11,7 +11,7 @@ from conftest import FAST, environment, flags, names, read_outputs, record_files
 from feddip_lite.__main__ import main
 from feddip_lite.config import FIELDS
 from feddip_lite.methods import METHODS
-from feddip_lite.results import COLUMNS, read_run
+from feddip_lite.records.store import COLUMNS, read_run
 
 LARGE = "1" + "0" * 400  # an integer that no float can hold
 
@@ -170,7 +170,7 @@ def test_second_call_computes_nothing_and_leaves_files_byte_identical(tmp_path, 
     assert main(arguments) == 0
     first = contents(), read_outputs(capsys)
     assert len(first[0]) == 4
-    monkeypatch.setattr("feddip_lite.engine.prepare", None)  # whoever computes, fails
+    monkeypatch.setattr("feddip_lite.train.run.prepare", None)  # whoever computes, fails
     assert main(arguments) == 0
     assert (contents(), read_outputs(capsys)) == first
 

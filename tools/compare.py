@@ -15,7 +15,7 @@ from pathlib import Path
 from scipy import stats
 
 from feddip_lite.config import UNHASHED
-from feddip_lite.results import HEADLINE_ROWS, config_of, read_run
+from feddip_lite.records.store import HEADLINE_ROWS, config_of, read_run
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3

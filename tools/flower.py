@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from feddip_lite import Config
-from feddip_lite.failures import ClientFailure
-from feddip_lite.flower_parity import HERE, same_bits, shown, side_by_side
-from feddip_lite.flower_run import ENGINES
+from feddip_lite.core.errors import ClientFailure
+from feddip_lite.flower.parity import HERE, same_bits, shown, side_by_side
+from feddip_lite.flower.processes import ENGINES
 
 SMALL = {"width": 0.3, "rounds": 3, "clients": 3, "clients_per_round": 2, "local_epochs": 1, "workers": 1}
 METHODS = {"fedavg": {}, "feddip": {"mask_interval": 1}, "feddst": {"preset": "repo", "mask_interval": 1}}

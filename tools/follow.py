@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from feddip_lite import bound_runs, merging
-from feddip_lite.failures import ClientFailure
-from feddip_lite.followed import follow_all
-from feddip_lite.plan import Diverged
-from feddip_lite.profiles import load_profile
+from feddip_lite.core.errors import ClientFailure, Diverged
+from feddip_lite.records.profiles import load_profile
+from feddip_lite.studies import merging
+from feddip_lite.studies.bound import path as bound_runs
+from feddip_lite.studies.followed import follow_all
 
 
 def main(arguments: list[str] | None = None) -> int:

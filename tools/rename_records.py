@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from feddip_lite.results import atomic_write, read_record, right_id, sealed
+from feddip_lite.records.store import atomic_write, read_record, right_id, sealed
 
 RECORD_FILES = (".csv", ".mask", ".safetensors")
 

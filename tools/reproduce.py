@@ -31,7 +31,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 from feddip_lite import doctor
-from feddip_lite.experiments import PROFILES
+from feddip_lite.records import provenance
+from feddip_lite.records.catalogue import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK_CELL_SECONDS = 300  # as in `make test`; the longer profiles train for hours in one cell and have no limit
@@ -202,9 +203,9 @@ def write_report(out: Path, sources: Path, profile: str, errors: dict[str, str])
         page = re.sub(r'(href="(?:\./)?\d\d_[\w-]+)\.ipynb', r"\1.html", page)  # previous and next notebook
         copy.with_suffix(".html").write_text(page, encoding="utf-8")
         rows.append(index_row(copy.stem, notebook, errors.get(copy.stem)))
-    where = f"feddip_lite {doctor.version('feddip-lite')} ({(doctor.commit() or 'no commit')[:12]}), "
+    where = f"feddip_lite {doctor.version('feddip-lite')} ({(provenance.commit() or 'no commit')[:12]}), "
     where += f"torch {doctor.version('torch')}, "
-    where += f"{doctor.device_name()}, {os.cpu_count()} CPU cores; written {datetime.now():%Y-%m-%d %H:%M}"
+    where += f"{provenance.device_name()}, {os.cpu_count()} CPU cores; written {datetime.now():%Y-%m-%d %H:%M}"
     index = out / "index.html"
     index.write_text(INDEX.format(profile=profile, where=html.escape(where), rows="".join(rows)), encoding="utf-8")
     return index

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..layout import FlatModel, Layout, kept_indices
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
+from ..core.flat import FlatModel, Layout, kept_indices
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.state import Memory, ServerState
 
-if TYPE_CHECKING:
-    from ..server import ServerState
-
-Memory = Mapping[str, Tensor]
 Replies = Mapping[int, Message]
 
 

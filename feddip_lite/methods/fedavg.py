@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..checks import real, setting
-from ..message import Message
-from ..plan import LocalPlan
-from .base import About, Memory, Method
+from ..core.message import Message
+from ..core.plan import LocalPlan
+from ..core.settings import real, setting
+from ..core.state import Memory
+from .base import About, Method
 
 
 @dataclass(frozen=True)

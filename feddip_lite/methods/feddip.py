@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import flag, one_of, setting
-from ..layout import Layout
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..schedules import penalty_at, published_penalty_at, sparsity_at
-from ..seeds import derive
-from ..sparsity import erk_densities, num_kept, random_mask, topk_mask
-from .base import About, Memory, Method, Replies, mean_buffers, message_of
+from ..core.flat import Layout
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
+from ..core.seeds import derive
+from ..core.settings import flag, one_of, setting
+from ..core.sparsity import erk_densities, num_kept, random_mask, topk_mask
+from ..core.state import Memory
+from .base import About, Method, Replies, mean_buffers, message_of
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import flag, one_of, real, setting
-from ..layout import Layout
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..schedules import cosine_at
-from ..seeds import torch_generator
-from ..sparsity import erk_densities, kept_per_layer, layerwise_mask, random_mask
-from .base import About, Memory, Method, Replies, mean_buffers, message_of, samples_of
+from ..core.flat import Layout
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.schedules import cosine_at
+from ..core.seeds import torch_generator
+from ..core.settings import flag, one_of, real, setting
+from ..core.sparsity import erk_densities, kept_per_layer, layerwise_mask, random_mask
+from ..core.state import Memory
+from .base import About, Method, Replies, mean_buffers, message_of, samples_of
 
 
 @dataclass(frozen=True)

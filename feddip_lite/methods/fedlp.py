@@ -10,12 +10,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..checks import integer, one_of, real, setting
-from ..layout import Layout, Slot
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..seeds import numpy_generator, torch_generator
-from .base import About, Memory, Method, Replies, message_of
+from ..core.flat import Layout, Slot
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.seeds import numpy_generator, torch_generator
+from ..core.settings import integer, one_of, real, setting
+from ..core.state import Memory
+from .base import About, Method, Replies, message_of
 
 PREFERRED = 0.6  # share of the clients that have the preferred complexity (published code: models_complexity.py)
 

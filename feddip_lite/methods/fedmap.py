@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..sparsity import nested_mask, num_kept
+from ..core.sparsity import nested_mask, num_kept
 from .base import About, Method, Replies
 
 

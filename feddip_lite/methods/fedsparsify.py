@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import integer, setting
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..schedules import sparsity_at
-from ..sparsity import nested_mask, num_kept
-from .base import About, Memory, Method, Replies
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.schedules import sparsity_at
+from ..core.settings import integer, setting
+from ..core.sparsity import nested_mask, num_kept
+from ..core.state import Memory
+from .base import About, Method, Replies
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import integer, real, setting
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..schedules import cosine_at
-from ..seeds import torch_generator
-from ..sparsity import erk_densities, layerwise_mask, num_kept, topk_mask
-from .base import About, Memory, Method, Replies, account_of, samples_of, weighted_mean
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.schedules import cosine_at
+from ..core.seeds import torch_generator
+from ..core.settings import integer, real, setting
+from ..core.sparsity import erk_densities, layerwise_mask, num_kept, topk_mask
+from ..core.state import Memory
+from .base import About, Method, Replies, account_of, samples_of, weighted_mean
 from .feddst import replaceable, strength, without_smallest
 
 

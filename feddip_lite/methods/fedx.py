@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..checks import integer, one_of, real, setting
-from ..relevance import gradient_activation, layerwise_relevance
-from ..schedules import sparsity_at
-from ..sparsity import nested_mask, num_kept
+from ..core.schedules import sparsity_at
+from ..core.settings import integer, one_of, real, setting
+from ..core.sparsity import nested_mask, num_kept
 from .base import About, Method, Replies
+from .relevance import gradient_activation, layerwise_relevance
 
 
 @dataclass(frozen=True)

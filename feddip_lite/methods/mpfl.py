@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import integer, setting
-from ..message import Message
-from ..plan import LocalResult
-from ..sparsity import nested_mask, num_kept, tie_broken
-from .base import About, Memory, Method, Replies, account_of
+from ..core.message import Message
+from ..core.plan import LocalResult
+from ..core.settings import integer, setting
+from ..core.sparsity import nested_mask, num_kept, tie_broken
+from ..core.state import Memory
+from .base import About, Method, Replies, account_of
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import one_of, real, setting
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..schedules import sparsity_at
-from ..sparsity import kept_per_layer, layerwise_mask, num_kept
-from .base import About, Memory, Method, Replies, mean_buffers, weighted_mean
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.schedules import sparsity_at
+from ..core.settings import one_of, real, setting
+from ..core.sparsity import kept_per_layer, layerwise_mask, num_kept
+from ..core.state import Memory
+from .base import About, Method, Replies, mean_buffers, weighted_mean
 
 
 @dataclass(frozen=True)

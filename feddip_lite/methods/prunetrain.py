@@ -8,13 +8,14 @@ from math import log, sqrt
 import torch
 from torch import Tensor
 
-from ..checks import flag, real, setting
-from ..layout import Slot
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..schedules import sparsity_at
-from ..sparsity import nested_mask, num_kept, tie_broken, topk_mask
-from .base import About, Memory, Method, Replies
+from ..core.flat import Slot
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.schedules import sparsity_at
+from ..core.settings import flag, real, setting
+from ..core.sparsity import nested_mask, num_kept, tie_broken, topk_mask
+from ..core.state import Memory
+from .base import About, Method, Replies
 
 
 @dataclass(frozen=True)

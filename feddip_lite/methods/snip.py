@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import one_of, setting
-from ..message import Message
-from ..plan import LocalPlan, LocalResult
-from ..seeds import derive
-from ..sparsity import num_kept, topk_mask
-from .base import About, Memory, Method, Replies, account_of, weighted_mean
+from ..core.message import Message
+from ..core.plan import LocalPlan, LocalResult
+from ..core.seeds import derive
+from ..core.settings import one_of, setting
+from ..core.sparsity import num_kept, topk_mask
+from ..core.state import Memory
+from .base import About, Method, Replies, account_of, weighted_mean
 
 
 @dataclass(frozen=True)

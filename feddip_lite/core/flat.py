@@ -1,0 +1,227 @@
+"""Weights are a vector: named tensors <-> one flat vector, prunable coordinates first.
+
+The paper writes w, m in R^n, and so does this package. `Layout` says where each tensor lives in that vector;
+`FlatModel` is a module whose parameters, gradients and running statistics are *views* into three flat vectors, so
+that a masked model is one multiplication and an SGD step two vector operations. Read next: `train/client.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import Autograd
+from .cache import once_per_tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One named tensor: `shape`, and its place `[start, stop)` in the flat vector.
+
+    `uses` is how often each of its weights is multiplied per sample: a convolution's output positions, 1 for a linear
+    layer, and 1 wherever the size of the images was not given. So a weight costs 2 * `uses` FLOPs forward.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    uses: int = 1
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The view of `vector` ((n,), any dtype) that is this tensor, in its own shape."""
+        return vector[self.start : self.stop].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of a model lives in the flat vectors.
+
+    `slots` are the trainable tensors, prunable ones first, each group in module order; `num_prunable` of them are
+    prunable. `buffer_slots` are the BatchNorm running means and variances, in a second vector of their own.
+    """
+
+    slots: tuple[Slot, ...]
+    num_prunable: int
+    buffer_slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, *, image_shape: tuple[int, ...] | None = None, include_shortcut: bool = False
+    ) -> Layout:
+        """The layout of `module`.
+
+        Prunable are the weights of convolutions and linear layers; not biases, not BatchNorm, and not the 1x1
+        shortcut convolutions of ResNet unless `include_shortcut` (docs/deviations.md D19). With the `image_shape`
+        (channels, height, width) of its input, slots know how often their weights are used.
+        """
+        prunable, dense = [], []
+        for path, layer in module.named_modules():
+            for name, parameter in layer.named_parameters(prefix=path, recurse=False):
+                is_weight = isinstance(layer, nn.Conv2d | nn.Linear) and name.endswith("weight")
+                kept_dense = "shortcut" in path and not include_shortcut
+                (prunable if is_weight and not kept_dense else dense).append((name, tuple(parameter.shape)))
+        buffers = [(name, tuple(b.shape)) for name, b in module.named_buffers() if b.is_floating_point()]
+        uses = uses_per_sample(module, image_shape) if image_shape else {}
+        return cls.placed(prunable + dense, len(prunable), buffers, uses)
+
+    @classmethod
+    def placed(
+        cls,
+        tensors: Sequence[tuple[str, tuple[int, ...]]],
+        num_prunable: int,
+        buffers: Sequence[tuple[str, tuple[int, ...]]] = (),
+        uses: Mapping[str, int] | None = None,
+    ) -> Layout:
+        """The layout of these (name, shape) one after the other, of which the first `num_prunable` are prunable."""
+        return cls(_place(tensors, uses or {}), num_prunable, _place(buffers, {}))
+
+    @property
+    def size(self) -> int:
+        """n, the number of trainable weights."""
+        return self.slots[-1].stop
+
+    @property
+    def prunable(self) -> int:
+        """P, the number of prunable weights: coordinates 0 .. P-1 of every flat vector."""
+        return self.prunable_slots[-1].stop
+
+    @property
+    def prunable_slots(self) -> tuple[Slot, ...]:
+        """The slots of the prunable tensors, in order; together they cover [0, P)."""
+        return self.slots[: self.num_prunable]
+
+    @property
+    def weight_slots(self) -> tuple[Slot, ...]:
+        """The slots of all weights of convolutions and linear layers: the prunable ones, then those that stay dense."""
+        return tuple(slot for slot in self.slots if len(slot.shape) > 1)
+
+    @property
+    def buffer_size(self) -> int:
+        """Length of the flat vector of BatchNorm running statistics (0 without BatchNorm)."""
+        return self.buffer_slots[-1].stop if self.buffer_slots else 0
+
+    def masked(self, weights: Tensor, mask: Tensor) -> Tensor:
+        """w * m as a new (n,) vector: pruned coordinates are 0, unprunable ones copied. `mask` is (P,) bool."""
+        result = weights.clone()
+        result[: self.prunable] *= mask
+        return result
+
+    def pack(self, weights: Tensor, mask: Tensor | None) -> Tensor:
+        """What a sparse model weighs: the kept prunable values in order, then all unprunable ones.
+
+        With `mask` None all n values. Returns float32 (kept + n - P,).
+        """
+        if mask is None:
+            return weights
+        return torch.cat([weights.index_select(0, kept_indices(mask)), weights[self.prunable :]])
+
+    def unpack(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The inverse of `pack`: a new (n,) vector, 0 where pruned. n values are a dense vector, whatever the mask.
+
+        Raises:
+            ValueError: the number of values fits neither the mask nor a dense vector.
+        """
+        if values.shape == (self.size,):
+            return values.clone()
+        unprunable = self.size - self.prunable
+        kept = self.prunable if mask is None else len(kept_indices(mask))
+        if values.shape != (kept + unprunable,):
+            raise ValueError(f"values: {values.numel()} of them; expected {kept + unprunable} or all {self.size}")
+        weights = values.new_zeros(self.size)
+        weights.index_copy_(0, kept_indices(mask), values[:kept])
+        weights[self.prunable :] = values[kept:]
+        return weights
+
+
+def _go_on() -> None:
+    """Nobody else is waiting."""
+
+
+@once_per_tensor
+def kept_indices(mask: Tensor) -> Tensor:
+    """The coordinates that `mask` (P,) bool keeps: int64 (kept,), ascending."""
+    return mask.nonzero().view(-1)
+
+
+class FlatModel:
+    """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
+
+    Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`;
+    `arithmetic` computes loss and gradient at `weights`; `pause` is called where a job may let others go first.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
+        self.module = module.to(device)
+        self.layout = layout
+        self.weights = torch.zeros(layout.size, device=device)
+        self.gradient = torch.zeros(layout.size, device=device)
+        self.buffers = torch.zeros(layout.buffer_size, device=device)
+        parameters = dict(module.named_parameters())
+        for slot in layout.slots:
+            parameter = parameters[slot.name]
+            slot.of(self.weights).copy_(parameter.detach())
+            parameter.data = slot.of(self.weights)
+            parameter.grad = slot.of(self.gradient)
+        statistics = dict(module.named_buffers())
+        for slot in layout.buffer_slots:
+            slot.of(self.buffers).copy_(statistics[slot.name])
+            owner, _, name = slot.name.rpartition(".")
+            setattr(module.get_submodule(owner), name, slot.of(self.buffers))
+        self.arithmetic = Autograd(self.module, self.gradient)
+        self.pause = _go_on
+
+    def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
+        """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""
+        if mask is None:
+            self.weights.copy_(weights)
+        else:
+            prunable = self.layout.prunable
+            torch.mul(weights[:prunable], mask, out=self.weights[:prunable])
+            self.weights[prunable:] = weights[prunable:]
+        if buffers is not None:
+            self.buffers.copy_(buffers)
+
+
+def uses_per_sample(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
+    """How often each weight of every convolution and linear layer is multiplied for one image, by tensor name.
+
+    Found by a forward pass of one black image through a copy; `module` stays as it is. (PyTorch's "meta" device would
+    need no storage, but seconds of imports.)
+    """
+    uses: dict[str, int] = {}
+    copy = deepcopy(module).eval()
+    for path, layer in copy.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            name = f"{path}.weight" if path else "weight"
+
+            def count(layer, inputs, output, name=name):
+                uses[name] = uses.get(name, 0) + output.numel() // layer.weight.shape[0]
+
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        copy(torch.zeros(1, *image_shape))
+    return uses
+
+
+def _place(tensors: Sequence[tuple[str, tuple[int, ...]]], uses: Mapping[str, int]) -> tuple[Slot, ...]:
+    slots, start = [], 0
+    for name, shape in tensors:
+        slots.append(Slot(name, shape, start, start + prod(shape), uses.get(name, 1)))
+        start += prod(shape)
+    return tuple(slots)
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of named tensors: hex digest over name, dtype, shape and bytes, in order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,32 @@
+"""`ServerState`: all that is carried from one round to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+Memory = Mapping[str, Tensor]
+"""A method's own named tensors, on the server or at a client."""
+
+EMPTY: Memory = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server knows before round `round`.
+
+    Attributes:
+        weights: (n,) float32, the dense w. The sparse global model is w * mask.
+        buffers: BatchNorm running statistics (b,) float32.
+        mask: (P,) bool, True = kept.
+        memory: the method's own named tensors.
+    """
+
+    round: int
+    weights: Tensor
+    buffers: Tensor
+    mask: Tensor
+    memory: Memory = field(default_factory=dict)

@@ -1,9 +1,0 @@
-"""What a node does with a message; see `feddip_lite.flower_client`."""
-
-from flwr.clientapp import ClientApp
-
-from feddip_lite.flower_client import query, train
-
-app = ClientApp()
-app.query()(query)
-app.train()(train)

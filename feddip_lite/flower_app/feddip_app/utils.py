@@ -1,6 +1,0 @@
-"""Results: `load_results` of a folder as one table, `fingerprint` of a run to compare it bit by bit."""
-
-from feddip_lite.flower_parity import fingerprint
-from feddip_lite.results import load_results
-
-__all__ = ["fingerprint", "load_results"]

@@ -1,0 +1,122 @@
+"""What runs are called: notebooks, figures and tables all name them through `describe`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, fields
+
+import pandas as pd
+
+from ..config import UNHASHED, Config
+from ..methods.registry import METHODS
+
+DAGGER = "†"
+SHARED_START = "shared random start"
+"""What the setting of runs says that `shared_start` made comparable."""
+
+
+def title_of(name: str) -> str:
+    """A method as the literature spells it, with a dagger if it is a reconstruction."""
+    about = METHODS[name].about
+    return about.title + DAGGER * bool(about.assumed)
+
+
+NAMES = {name: title_of(name) for name in METHODS} | {
+    "digits": "digits", "fashionmnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100", "lenet5": "LeNet-5", "alexnet": "AlexNet", "resnet18": "ResNet-18",
+}  # fmt: skip
+"""How methods (in the order of legends and tables), data sets and models are written."""
+FAMILIES = ("dense to dense", "dense to sparse", "sparse to sparse")
+"""How the slides sort methods: what the model is at the start and at the end."""
+HEADLINE = ("fedavg", "feddp", "feddip")
+"""The methods of the paper's own question, which figures and tables of a data set show first."""
+_OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
+SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
+_ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
+_FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
+SHARED = [name for name in _FIELDS if name not in _ALONE]
+
+
+_IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity"}
+ADDED = ("label", "split", "setting", "changed", "mib")
+"""The columns that `describe` adds."""
+FORMS = ("", "upload", "variant")
+"""What `changed` says of a method, or of another form of it; anything else is an ablation."""
+
+
+def describe(results: pd.DataFrame) -> pd.DataFrame:
+    """`load_results` with the columns that people read.
+
+    `label` names the method with its preset and whatever differs from it, `changed` the names of that, `split` the
+    partition, `setting` all that runs must share to be compared; `mib` is what has travelled up to and including the
+    round, in MiB, both ways.
+    """
+    if results.empty:
+        return results.reindex(columns=[*dict.fromkeys([*results.columns, "diverged", *_FIELDS, *ADDED])])
+    first = results.drop_duplicates("run_id").set_index("run_id")
+    words = {"label": _label, "split": _split, "setting": setting_of, "changed": lambda row: ", ".join(_changed(row))}
+    named = {name: results["run_id"].map(first.apply(function, axis=1)) for name, function in words.items()}
+    travelled = (results["up_bytes"] + results["down_bytes"]).groupby(results["run_id"]).cumsum()
+    return results.assign(**named, mib=travelled / 2**20)
+
+
+def labels(results: pd.DataFrame) -> list[str]:
+    """The methods that occur, in the order of `NAMES`."""
+    order = {name: place for place, name in enumerate(NAMES.values())}
+    return sorted(results["label"].unique(), key=lambda label: (order.get(label.split(" (")[0], len(order)), label))
+
+
+def splits(results: pd.DataFrame) -> list[str]:
+    """The partitions that occur, IID first."""
+    return sorted(results["split"].unique(), key=lambda split: (split != "IID", split))
+
+
+def any_of(value) -> list | tuple:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _changed(row: pd.Series) -> dict[str, object]:
+    """The method's settings that differ from those of its preset."""
+    usual = Config(method=row["method"], preset=row["preset"], target_sparsity=row["target_sparsity"]).resolved()
+    differing = {name: row[name] for name in _OWN if _differs(row[name], getattr(usual, name))}
+    options = json.loads(row["method_options"])
+    return differing | {name: value for name, value in options.items() if value != usual.method_options[name]}
+
+
+def _label(row: pd.Series) -> str:
+    notes = [] if row["preset"] == "paper" else [row["preset"]]
+    notes += [f"{name} = {_short(value)}" for name, value in _changed(row).items()]
+    name = NAMES.get(row["method"], row["method"])
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _split(row: pd.Series) -> str:
+    if row["partition"] == "pathological":
+        order = ", in order" if row["classes_dealt"] == "in_order" else ""
+        return f"{row['classes_per_client']} classes per client{order}"
+    return "IID" if row["partition"] == "iid" else f"Dirichlet({row['alpha']:g})"
+
+
+def setting_of(row: pd.Series) -> str:
+    usual = asdict(Config()) | {"initial_lr": Config().lr, "lr_decay": _usual_decay(row["rounds"])}
+    words = [NAMES.get(row["dataset"], row["dataset"]), NAMES.get(row["model"], row["model"])]
+    words += [f"T = {row['rounds']} rounds", f"{row['clients_per_round']} of {row['clients']} clients per round"]
+    words += [f"target sparsity {row['target_sparsity']:g}"]
+    others = [name for name in SHARED if name not in _IN_WORDS and _differs(row[name], usual[name])]
+    return ", ".join(words + [f"{name.replace('_', ' ')} {_short(row[name])}" for name in others])
+
+
+def _short(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _usual_decay(rounds: int) -> float:
+    """The authors' 0.998 per round of 1000, in T rounds."""
+    return 0.998 ** (1000 / rounds)
+
+
+def _differs(value, usual) -> bool:
+    if isinstance(value, float) and isinstance(usual, float):
+        return not math.isclose(value, usual, rel_tol=1e-9)
+    return value != usual and not (usual is None and pd.isna(value))

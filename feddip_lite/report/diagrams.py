@@ -1,0 +1,179 @@
+"""Drawings that explain the ideas: the workflow, pruning, masks, schedules, error feedback, partitions.
+
+They show definitions and small examples, never results of runs (`curves.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
+from ..core.sparsity import num_kept, topk_mask
+from .style import AXES, INK, grid, styled
+
+KEPT, PRUNED, BLUE = "#d55e00", "#c9ced3", "#0072b2"
+SERVER, CLIENT = "#fdece2", "#e6f1f8"  # fills
+
+
+@styled
+def workflow() -> Figure:
+    """One round of FedDIP: what the server does, what travels, what a client does."""
+    figure, panel = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
+    panel.set(xlim=(0, 105), ylim=(0, 56), aspect="equal")
+    panel.set_axis_off()
+    server = r"weighted average of the uploads" "\n" r"every $R$ rounds a new mask $m$: keep the largest $|w|$"
+    _box(panel, 27, 42, 51, 13, "Server", server + "\n" r"sparsity $s_t$ grows from $s_0$ to $s_p$", SERVER)
+    client = "gradient at the sparse  $w \\odot m$\nstep on the dense  $w$:  error feedback\n"
+    client += r"growing penalty  $\lambda_t\,\Sigma_\ell\,\Vert w_\ell \odot m_\ell \Vert_2$"
+    for name, left in (("Client 1", 1), ("Client 2", 37), ("Client K", 73)):
+        _box(panel, left, 1, 31, 13, name, client, CLIENT)
+        low = left + 15.5
+        high = 52.5 + (low - 52.5) * 0.45
+        _arrow(panel, (high - 2.6, 41.4), (low - 1, 14.8), KEPT)
+        _arrow(panel, (low + 4, 14.8), (high + 2.6, 41.4), BLUE)
+    panel.text(70.5, 7, r"$\cdots$", ha="center", va="center", fontsize=15, color=INK)
+    sparse = np.random.default_rng(3).random((5, 5)) < 0.3
+    _packet(panel, 1, 29, sparse, "1  sparse download", "kept weights\nand mask bits", KEPT)
+    _packet(panel, 84, 29, np.ones((5, 5), bool), "3  dense upload", "every weight,\npruned or not", BLUE)
+    for place, text in (((1, 16.2), "2  train locally"), ((1, 52.3), "4  average, prune, repeat")):
+        panel.text(*place, text, color=INK, weight="bold", fontsize=11)
+    return figure
+
+
+def _box(
+    panel: Axes, left: float, bottom: float, width: float, height: float, title: str, text: str, fill: str
+) -> None:
+    shape = "round,pad=0,rounding_size=1.6"
+    panel.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle=shape, fc=fill, ec=INK, lw=1.1))
+    middle, top = left + width / 2, bottom + height
+    panel.text(middle, top - 1.2, title, ha="center", va="top", weight="bold", fontsize=11.5, color=INK)
+    panel.text(middle, top - 4.3, text, ha="center", va="top", fontsize=9.5, linespacing=1.5, color=INK)
+
+
+def _arrow(panel: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    look = {"arrowstyle": "-|>", "mutation_scale": 15, "lw": 2, "shrinkA": 0, "shrinkB": 0}
+    panel.add_patch(FancyArrowPatch(start, end, color=colour, **look))
+
+
+def _packet(panel: Axes, left: float, bottom: float, filled: np.ndarray, head: str, text: str, colour: str) -> None:
+    """A message: a little matrix whose filled cells travel, and its name."""
+    for (row, column), full in np.ndenumerate(filled):
+        cell = (left + 1.3 * column, bottom + 1.3 * row)
+        panel.add_patch(Rectangle(cell, 1.3, 1.3, fc=colour if full else "white", ec=INK, lw=0.5))
+    panel.text(left, bottom + 8, head, color=colour, weight="bold", fontsize=11)
+    panel.text(left + 7.8, bottom + 3.3, text, color=colour, fontsize=9.5, va="center")
+
+
+@styled
+def before_after_pruning(sizes: Sequence[int] = (5, 6, 6, 3), sparsity: float = 0.7, seed: int = 1) -> Figure:
+    """A small network of random weights before and after global magnitude pruning; `sizes` are neurons per layer."""
+    shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
+    weights = torch.randn(sum(map(prod, shapes)), generator=torch.Generator().manual_seed(seed)).abs()
+    mask = topk_mask(weights, num_kept(sparsity, len(weights)))
+    heights = [np.linspace(-1, 1, size) * size / max(sizes) for size in sizes]
+    edges = [(layer, i, j) for layer, (rows, columns) in enumerate(shapes) for i in range(rows) for j in range(columns)]
+    figure, axes = grid(1, 2, 4.6, 3.2)
+    for panel, after in zip(axes[0], (False, True), strict=True):
+        for (layer, i, j), weight, kept in zip(edges, weights.tolist(), mask.tolist(), strict=True):
+            look = {"color": KEPT, "lw": 1.5 * weight} if kept or not after else {"color": PRUNED, "lw": 0.5, "ls": ":"}
+            panel.plot([layer, layer + 1], [heights[layer][j], heights[layer + 1][i]], zorder=1, **look)
+        for layer, places in enumerate(heights):
+            panel.scatter(np.full(len(places), layer), places, s=150, color="white", edgecolor=INK, zorder=2)
+        kept = int(mask.sum()) if after else len(weights)
+        panel.set_title(f"{'after' if after else 'before'} pruning: {kept} of {len(weights)} weights")
+        panel.set_axis_off()
+    return figure
+
+
+@styled
+def matrices(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Small matrices with their numbers; pruned entries (mask False) are grey. Values: {title: (matrix, mask)}."""
+    figure, axes = grid(1, len(panels), 2.9, 2.6)
+    colours = LinearSegmentedColormap.from_list("weights", ["#56b4e9", "#ffffff", "#e69f00"])
+    largest = max(float(np.abs(matrix).max()) for matrix, _ in panels.values())
+    for panel, (title, (matrix, mask)) in zip(axes[0], panels.items(), strict=True):
+        panel.imshow(np.where(mask, matrix, np.nan), cmap=colours, vmin=-largest, vmax=largest)
+        for (row, column), value in np.ndenumerate(matrix):
+            kept = bool(mask[row, column])
+            colour = INK if kept else "#9aa2aa"
+            text = f"{round(float(value), 2) + 0.0:.2f}"  # + 0.0 turns -0.0 into 0.0
+            panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+        panel.set_title(title)
+        panel.set(xticks=[], yticks=[], facecolor="#eef0f2")
+        panel.spines[:].set_visible(False)
+        panel.grid(False)
+    return figure
+
+
+@styled
+def layer_densities(models: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Bars of the density of each prunable tensor, a panel per model. Values: {model: {tensor: density}}."""
+    widths = [len(layers) + 2 for layers in models.values()]
+    look = {"figsize": (11, 3.6), "width_ratios": widths, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(models), squeeze=False, **look)
+    for panel, (model, layers) in zip(axes[0], models.items(), strict=True):
+        panel.bar(list(layers), list(layers.values()), color=BLUE)
+        panel.tick_params(axis="x", rotation=90, labelsize=8)
+        panel.set(title=model, ylim=(0, 1.05))
+        panel.grid(False, axis="x")
+    axes[0][0].set_ylabel("density, share of weights kept")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+@styled
+def schedules(rounds: int, initial: float, final: float, peak: float, steps: int) -> Figure:
+    """The schedules of FedDIP over `rounds` rounds: sparsity, and the penalty by Eq. 3 and by the published code."""
+    figure, axes = grid(1, 2, 4.6, 3.0)
+    t = range(rounds)
+    axes[0][0].plot(t, [sparsity_at(i, initial, final, rounds) for i in t], color=KEPT)
+    axes[0][0].axhline(final, color=INK, lw=0.8, ls=":")
+    axes[0][0].set(xlabel=AXES["round"], ylabel="sparsity $s_t$", ylim=(0, 1), title=f"cubic, T = {rounds}")
+    for name, schedule, line in (("Eq. 3", penalty_at, "-"), ("published code", published_penalty_at, "--")):
+        axes[0][1].step(t, [schedule(i, peak, steps, rounds) for i in t], where="post", ls=line, color=KEPT, label=name)
+    axes[0][1].axhline(peak, color=INK, lw=0.8, ls=":")
+    axes[0][1].set(xlabel=AXES["round"], ylabel=AXES["penalty"], title=f"Q = {steps} steps, T = {rounds}")
+    axes[0][1].legend(loc="lower right")
+    return figure
+
+
+@styled
+def trajectories(loss: Callable, paths: Mapping[str, np.ndarray], window: tuple[float, float, float, float]) -> Figure:
+    """Two-dimensional training paths over the contours of `loss(x, y)`. Values of `paths`: (steps, 2)."""
+    figure, panel = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    x, y = np.meshgrid(np.linspace(*window[:2], 200), np.linspace(*window[2:], 200))
+    panel.contour(x, y, loss(x, y), levels=16, colors="#c3cad1", linewidths=0.8)
+    looks = (("o-", KEPT), ("^-", BLUE), ("s-", INK))
+    for (name, path), (mark, colour) in zip(paths.items(), looks, strict=False):
+        panel.plot(path[:, 0], path[:, 1], mark, color=colour, markersize=4, lw=1.2, label=name)
+        panel.plot(*path[-1], mark[0], color=colour, markersize=11, markerfacecolor="white", markeredgewidth=2)
+    panel.axhline(0, color=INK, lw=0.8)
+    panel.axvline(0, color=INK, lw=0.8)
+    panel.set(xlabel="$w_1$", ylabel="$w_2$", xlim=window[:2], ylim=window[2:])
+    panel.grid(False)
+    panel.legend(loc="upper right", frameon=True)
+    return figure
+
+
+@styled
+def label_heatmaps(panels: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Who has which classes: samples per class (rows) and client (columns). Values: {title: (classes, clients)}."""
+    figure, axes = grid(1, len(panels), 3.0, 3.0)
+    largest = max(counts.max() for counts in panels.values())
+    for panel, (name, counts) in zip(axes[0], panels.items(), strict=True):
+        image = panel.imshow(counts, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        panel.set(title=name, xlabel="client")
+        panel.grid(False)
+    axes[0][0].set_ylabel("class")
+    figure.colorbar(image, ax=axes[0], label="training samples")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure

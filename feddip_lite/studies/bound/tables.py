@@ -1,0 +1,183 @@
+"""What followed runs say of the bound: its terms from a record, a table of its constants, and a reading in words.
+
+Runs come as `records.names.describe` returns them (`recorded_paths`), with the columns of `path.follow`.
+"Typical" is said of the bound with the median gamma in place of the largest, which one checkpoint may decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ...records.catalogue import own_start, recorded, shared_start
+from ...records.names import splits
+from ...report.markdown import table
+from .estimators import Bound, Estimates, assemble
+from .path import ESTIMATES
+
+SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
+"""What a run's `lr_schedule` makes of it."""
+TERMS = tuple(item.name for item in fields(Bound))[1:]
+GAMMAS = {"largest": "", "median": "typical_"}  # prefixes in `summary`
+
+
+def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """The runs one by one: the theorem's setting first, IID first, then by preset and by R."""
+    order = splits(runs)
+
+    def place(run: pd.DataFrame) -> tuple:
+        first = run.iloc[0]
+        names = (first[name] for name in ("preset", "mask_interval", "seed", "run_id"))
+        return list(SETTINGS).index(first["lr_schedule"]), order.index(first["split"]), *names
+
+    return sorted((run for _, run in runs.groupby("run_id")), key=place)
+
+
+def checkpoints(run: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a followed run that have estimates."""
+    return run[run["loss"].notna()]
+
+
+def gamma_of(run: pd.DataFrame, typical: bool) -> float:
+    """gamma of a run, without unit: the largest finite estimate, as the theorem asks for, or the median of these if
+    `typical`; never below 1. Infinite estimates, where sampling noise hides the mean gradient, are left out."""
+    found = run["dispersion"][np.isfinite(run["dispersion"])]
+    return max(1.0, float(found.median() if typical else found.max()))
+
+
+def bound_of(run: pd.DataFrame, *, typical: bool = False, printed: bool = False) -> Bound:
+    """The bound of one run, for the largest gamma or a `typical` one, consistent or as `printed`.
+
+    What pruning removed before round 0 is not in its sum: the theorem starts at the pruned model. In the theorem's
+    setting L is that of the learning rate 1/(tL), unless a larger one was found.
+    """
+    first, removed = run.iloc[0], run["pruning_distance"].iloc[1:]
+    path = [Estimates(**row) for row in checkpoints(run)[list(ESTIMATES)].to_dict("records")]
+    sizes = {"participants": int(first["clients_per_round"]), "steps": int(first["local_steps"])}
+    sizes |= {"smooth": first["smoothness"]} if first["lr_schedule"] == "theory" else {}
+    return assemble(path, removed, **sizes, gamma=gamma_of(run, typical), printed=printed)
+
+
+def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
+    """The recorded runs with estimates; where FedDIP's own start was not followed yet, those of `shared_start`. Never
+    both."""
+    records = recorded("bound/lite", folder)
+    own = own_start(records)
+    return own if (own["label"] == "FedDIP").any() else shared_start(records)
+
+
+def removed_so_far(run: pd.DataFrame) -> pd.Series:
+    """The sum of sqrt(delta) ||w|| [W] up to each state after the first, which has 0."""
+    return run["pruning_distance"].where(run["round"] > 0, 0.0).cumsum()
+
+
+def overtaking(run: pd.DataFrame, *, typical: bool) -> pd.Series | None:
+    """The first row at which the consistent pruning term, summed so far, exceeds drift; None if none does."""
+    bound, removed = bound_of(run, typical=typical), removed_so_far(run)
+    above = bound.pruning * removed / removed.iloc[-1] > bound.drift
+    return run.loc[above.idxmax()] if above.any() else None
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run: its name, the largest value of each constant, the sum of sqrt(delta) ||w|| (`removed`), how often
+    noise hides gamma, what pruning is charged over what it costs, and the consistent bound for both gammas."""
+    rows = []
+    for run in each_run(runs):
+        first, points = run.iloc[0], checkpoints(run)
+        row = {name: first[name] for name in ("run_id", "label", "split", "preset", "mask_interval", "lr_schedule")}
+        row |= {"name": f"{first['split']}, {SETTINGS[first['lr_schedule']]}"}
+        row |= {"rate": first["smoothness"], "sharpness": points[["sharpness", "secant"]].max(axis=None)}
+        row |= {"lipschitz": points[["lipschitz", "pruning_lipschitz"]].max(axis=None)}
+        row |= {name: points[name].max() for name in ("variance", "second_moment")}
+        row |= {"gamma": gamma_of(run, False), "typical_gamma": gamma_of(run, True)}
+        row |= {"hidden": int(np.isinf(points["dispersion"]).sum()), "checkpoints": len(points)}
+        row |= {"removed": removed_so_far(run).iloc[-1], "accuracy": points["accuracy"].iloc[-1]}
+        row |= {"overcharged": (row["lipschitz"] / points["pruning_lipschitz"]).median()}
+        row |= {f"typical_{name}": value for name, value in asdict(bound_of(run, typical=True)).items()}
+        rows.append(row | asdict(bound_of(run)))
+    return pd.DataFrame(rows)
+
+
+def estimates_table(runs: pd.DataFrame) -> str:
+    """Markdown: a row per run, the largest value of each constant. Units: F of the loss, W of the weights."""
+    heads, rows = ["run", "L [F/W²]", "μ [F/W]", "Σρσ² [F²/W²]", "G² [F²/W²]", "γ: median", "γ: largest"], []
+    heads += ["γ hidden by noise at", "Σ√δ‖w‖ [W]", "left side [F²/W²]", "final accuracy"]
+    for row in summary(runs).itertuples():
+        rate = f" ({row.rate:g} in the rate)" if row.lr_schedule == "theory" else ""
+        cells = [row.lipschitz, row.variance, row.second_moment, row.typical_gamma, row.gamma]
+        words = [f"{row.label}: {row.name}", f"{row.sharpness:.3g}{rate}", *(f"{cell:.3g}" for cell in cells)]
+        words += [f"{row.hidden} of {row.checkpoints}", f"{row.removed:.3g}", f"{row.left:.3g}", f"{row.accuracy:.4f}"]
+        rows.append(words)
+    return table(heads, rows)
+
+
+def interval_study(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs at the experiments' learning rate, of those partitions in which R, rounds between masks, varies."""
+    usual = runs[runs["lr_schedule"] == "exponential"]
+    return usual[usual.groupby("split")["mask_interval"].transform("nunique") > 1]
+
+
+def removed_list(runs: pd.DataFrame) -> str:
+    """Markdown: what pruning removes in a whole run for each R, rounds between masks; a line per split and preset."""
+    lines = []
+    for (split, preset), own in summary(runs).groupby(["split", "preset"]) if len(runs) else ():
+        means = own.groupby("mask_interval")["removed"].mean()
+        said = ", ".join(f"R = {interval:g}: {removed:.3g}" for interval, removed in means.items())
+        lines.append(f"- {split}, `{preset}`: Σ√δ‖w‖ [W] is {said}")
+    return "\n".join(lines)
+
+
+def reading(runs: pd.DataFrame) -> str:
+    """Markdown: which term dominates the consistent bound in each run, and from which sparsity on it is pruning."""
+    lines = []
+    for run, row in zip(each_run(runs), summary(runs).to_dict("records"), strict=True):
+        right = sum(row[name] for name in TERMS)
+        line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.3g} times the left, its "
+        line += f"first term alone {row['initial'] / row['left']:.3g} times. "
+        line += "".join(_shares(run, row, kind) for kind in GAMMAS)
+        lines.append(line + f"μ charges {row['overcharged']:.3g} times what pruning really does to f (median).")
+    return "\n\n".join(["\n".join(lines), _dominance(summary(runs)), *_pace(runs)])
+
+
+def _pace(runs: pd.DataFrame) -> list[str]:
+    """A sentence per partition that has both settings: how far the theorem's learning rate lets the model go."""
+    steps = {(run["split"].iloc[0], run["lr_schedule"].iloc[0]): run for run in each_run(runs)}
+    said = []
+    for split in splits(runs):
+        theory, usual = (steps.get((split, schedule)) for schedule in SETTINGS)
+        if theory is not None and usual is not None:
+            reached = [checkpoints(run)["accuracy"].iloc[-1] for run in (theory, usual)]
+            share = theory["lr"].sum() / usual["lr"].sum()
+            said += [
+                f"{split}: the theorem's learning rates sum to {share:.2g} of the experiments'. The model ends at "
+                f"accuracy {reached[0]:.3f}, against {reached[1]:.3f}; L on its path is "
+                f"{summary(theory)['sharpness'].iloc[0]:.3g}, where the rate assumes {theory['smoothness'].iloc[0]:g}."
+            ]
+    return said
+
+
+def _shares(run: pd.DataFrame, row: dict, kind: str) -> str:
+    terms = {name: row[GAMMAS[kind] + name] for name in TERMS}
+    ordered = sorted(terms.items(), key=lambda term: -term[1])
+    said = ", ".join(f"{name} {100 * value / sum(terms.values()):.1f} %" for name, value in ordered)
+    crossing = _crossing(run, kind == "median") if terms["drift"] else "nothing drifts"
+    return f"With the {kind} γ ({row[GAMMAS[kind] + 'gamma']:.3g}): {said}; {crossing}. "
+
+
+def _crossing(run: pd.DataFrame, typical: bool) -> str:
+    row = overtaking(run, typical=typical)
+    if row is None:
+        return "pruning stays below drift"
+    return f"pruning exceeds drift from round {row['round']:.0f} on, at sparsity {row['sparsity']:.3f}"
+
+
+def _dominance(rows: pd.DataFrame) -> str:
+    said = []
+    for kind, prefix in GAMMAS.items():
+        first = rows[[prefix + name for name in TERMS]].idxmax(axis=1).str.removeprefix(prefix)
+        counts = {name: int((first == name).sum()) for name in TERMS}
+        said.append(f"with the {kind} γ " + ", ".join(f"{name} in {count}" for name, count in counts.items() if count))
+    return f"The largest term of {len(rows)} runs: {'; '.join(said)}. Drift is what heterogeneity costs."

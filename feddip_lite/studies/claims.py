@@ -1,0 +1,164 @@
+"""What the sources claim, and what came out: `params/claims.yaml` says how each is judged, recorded runs judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from ..records.catalogue import RECORDED, main_runs, recorded, rows_choosing_masks, shared_start
+from ..records.names import SHARED_START, splits
+from ..records.store import HEADLINE_ROWS, ROOT, headline
+from ..report.markdown import table
+from ..report.statistics import by_seed, interval, quantity
+from ..studies import merging
+from .cost.tables import judged_clients
+from .layers import across_seeds
+from .sparsity_sweep import recorded_sweep
+
+RULES = ROOT / "params" / "claims.yaml"
+HEADS = ("claim", "source", "setting", "measured", "ours, n seeds", "verdict", "notebook")
+RULE = (
+    "Verdict: a claim holds in a partition if the 95 % interval over seeds (differences and ratios paired by seed) "
+    "lies wholly on the good side of its threshold. Reproduced: in every partition; partly: in some; not reproduced: "
+    "in none, which does not say that the opposite was shown. Fewer than three seeds: the values, no verdict. Not "
+    "tested at this scale: no recorded run measures it yet. For time and memory, a model stands for a partition and a "
+    "repetition for a seed; where sparsities are compared, each stands for a partition; where masks of two seeds are, "
+    "each pair for a seed, so that interval is only a guide. ‡ This rule was written down when its runs were known."
+)
+Source = tuple[str, pd.DataFrame]
+"""What a source holds, in words, and its rows: `split`, `seed`, `label`, and the columns that measures name."""
+
+
+def claims_table(folder: Path, path: Path = RULES) -> str:
+    """Markdown: each claim of the file `path`, a row per setting that measures it, from the recorded runs under
+    `folder`; the settings above, the rule behind the verdicts below. Links start from the checkout."""
+    document = yaml.safe_load(path.read_text())
+    profile, rows = document["profile"], []
+    comparisons = {(name, each): runs for each in RECORDED for name, runs in main_runs(each, folder).items()}
+    sources = _sources(folder, profile, comparisons)
+    for claim in document["claims"]:
+        what = in_words(claim["measure"], claim["good"])
+        first, *others = list(_judge(claim, sources)) or [["-", what, "-", "not tested at this scale"]]
+        link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)"
+        said = claim["claim"] + " ‡" * claim.get("known", False)
+        rows += [[said, claim["source"], *first, link], *(["", "", *cells, ""] for cells in others)]
+    settings = [f"- {runs['setting'].iloc[0]} (profile `{each}`)\n" for (_, each), runs in comparisons.items()]
+    return "".join([*settings, "\n" * bool(settings), table(HEADS, rows), "\n\n", RULE])
+
+
+def judged(runs: pd.DataFrame, profile: str, path: Path = RULES) -> str:
+    """Markdown: the claims that these runs, of one model and data set as `main_runs(profile)` gives them, judge."""
+    document, rows = yaml.safe_load(path.read_text()), []
+    name = _source_name("_".join(runs[["model", "dataset"]].iloc[0]), profile, document["profile"])
+    sources = {name: ("", summaries(runs))}
+    for claim in document["claims"]:
+        rows += [[claim["claim"], *cells[1:]] for cells in _judge(claim, sources)]
+    return table(["claim", *HEADS[3:6]], rows) if rows else "No claim is judged by these runs."
+
+
+def _source_name(name: str, profile: str, usual: str) -> str:
+    """What `from` in the rules calls a main comparison: `<model>_<dataset>`, of another profile with that after it."""
+    return name if profile == usual else f"{name}_{profile}"
+
+
+def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, Source]:
+    everything, found = recorded(profile, folder), {}
+    for (name, each), runs in comparisons.items():
+        records = everything if each == profile else recorded(each, folder)
+        if runs["setting"].iloc[0].endswith(SHARED_START):
+            records = shared_start(records)
+        alike = records[records["setting"].isin(runs["setting"])]  # with its ablations
+        found[_source_name(name, each, profile)] = (_briefly(runs), summaries(alike))
+    lenet = everything[(everything["model"] == "lenet5") & (everything["partition"] == "iid")]
+    swept, merged = recorded_sweep(lenet[lenet["dataset"] == "fashionmnist"]), recorded(f"merging/{profile}", folder)
+    where = f"{_briefly(swept)}, IID" if len(swept) else ""
+    found["sweep"] = (where, swept.assign(split=[f"s = {target:g}" for target in swept["target_sparsity"]]))
+    found["across_seeds"] = (where, _pairs(folder / profile, swept))
+    found["merging"] = (_briefly(merged) if len(merged) else "", merging.per_run(merged))
+    found["cost_cpu"] = ("one client's training", judged_clients(folder.parent / "benchmarks"))
+    return found
+
+
+def _briefly(runs: pd.DataFrame) -> str:
+    words = runs["setting"].iloc[0].split(", ")
+    return ", ".join([*words[:2], *(word for word in words if word.startswith(("width", "T =", "shared")))])
+
+
+def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:
+    """`anatomy.across_seeds` of whole masks as claims read it: a pair stands for a seed, a sparsity for a partition."""
+    pairs = across_seeds(folder, swept)
+    whole = pairs[pairs["layer"] == "all"].rename(columns={"seeds": "seed"})
+    names = [f"s = {target:g}" for target in whole["target_sparsity"]]
+    return whole.assign(split=names, overlap_beyond_chance=whole["overlap"] - whole["chance"])
+
+
+def _judge(claim: dict, sources: Mapping[str, Source]) -> Iterator[list[str]]:
+    """setting, measure in words, values and verdict, for each of the claim's sources and methods that has values."""
+    measure = claim["measure"]
+    digits, sign = measure.get("digits", 4), "+" * (measure["by"] == "difference")
+    for name in measure["from"]:
+        words, rows = sources.get(name, ("", pd.DataFrame(columns=["split"])))
+        for label in measure["of"]:
+            one = {**measure, "of": label}
+            by_split = {split: measured(rows[rows["split"] == split], one) for split in splits(rows)}
+            by_split = {split: values for split, values in by_split.items() if len(values)}
+            if by_split:
+                said = [f"{split}: {quantity(values, digits, sign)}" for split, values in by_split.items()]
+                what = in_words({**measure, "of": [label]}, claim["good"])
+                yield [words, what, "; ".join(said), verdict(by_split.values(), **claim["good"])]
+
+
+def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:
+    """The values (n,) of a measure over the seeds that have all labels it names, in order of seeds.
+
+    `rows` have `label`, `seed` and the measure's `column`: runs as `summaries` gives them, or a benchmark's record;
+    `of` is one label. Of several names in `to` the best counts, the largest value of the column, seed by seed.
+    """
+    names, others = [measure["of"], *measure.get("to", [])], measure.get("to", [])
+    if rows.empty or not set(names) <= set(rows["label"]):
+        return np.empty(0)
+    values = by_seed(rows[rows["label"].isin(names)], measure["column"]).dropna()
+    own = values[measure["of"]].to_numpy()
+    if measure["by"] == "value":
+        return own
+    best = values[others].max(axis=1).to_numpy()
+    return own / best if measure["by"] == "ratio" else own - best
+
+
+def summaries(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run: `headline`'s; `mask_overlap`, the mean over the rows that choose a mask, without the first, which
+    replaces the mask that the run began with; and `end_minus_best`, the mean accuracy of the last ten evaluated rounds
+    minus that of the best ten in a row. NaN of a run that diverged."""
+    rows = headline(runs).set_index("run_id")
+    for run_id, run in runs.groupby("run_id"):
+        accuracy = run.sort_values("round")["accuracy"]
+        best = accuracy.rolling(min(HEADLINE_ROWS, len(accuracy))).mean().max()
+        rows.loc[run_id, "end_minus_best"] = rows.loc[run_id, "accuracy"] - best
+        if not rows.loc[run_id, "diverged"]:
+            rows.loc[run_id, "mask_overlap"] = rows_choosing_masks(run)["mask_overlap"].iloc[1:].mean()
+    return rows
+
+
+def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | list[float]) -> str:
+    """What `RULE` says of the values of each partition; `side` is "above" or "below" a threshold, or "between" two."""
+    low, high = {"above": (threshold, np.inf), "below": (-np.inf, threshold)}.get(side) or threshold
+    intervals = [interval(values) for values in by_partition]
+    if any(np.isnan(half) for _, half in intervals):
+        return "no verdict for n < 3"
+    holds = [low < mean - half and mean + half < high for mean, half in intervals]
+    return "reproduced" if all(holds) else "partly" if any(holds) else "not reproduced"
+
+
+def in_words(measure: dict, good: dict) -> str:
+    """A measure and its threshold, as a reader would say them."""
+    words = {"mib": "total bytes", "peak_mib": "peak memory in training", "seconds": "seconds of local training"}
+    column = words.get(measure["column"], measure["column"].replace("_", " "))
+    of, to = " or ".join(measure["of"]), measure.get("to", [])
+    other = to[0] if len(to) == 1 else f"the best of {', '.join(to)}"
+    what = {"difference": f"{of} - {other}", "ratio": f"{of} / {other}", "value": of}[measure["by"]]
+    limit = " and ".join(f"{value:g}" for value in np.atleast_1d(good["threshold"]))
+    return f"{column}: {what}, {good['side']} {limit}"

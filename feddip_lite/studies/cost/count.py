@@ -1,0 +1,199 @@
+"""What a model costs: operations, memory, bytes and milliseconds, dense and sparse; and a pruned model as a file.
+
+One FLOP is one multiplication or one addition. Counted are the weights of convolutions and linear layers, the padding
+of a convolution included; biases, activations, pooling, BatchNorm and the SGD step (a few operations per weight and
+step) are left out. What unstructured sparsity saves in FLOPs is time only where kernels skip zeros: `latency` measures
+it. Read before: `core/flat.py`, `shrink.py`; the file is `export.py`'s. Read next: `measure.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...config import Config
+from ...core.flat import Layout
+from ...core.message import Message, encode
+from ...core.state import ServerState
+from .export import export, load_exported, sparse_model
+
+__all__ = ["activation_bytes", "client_memory", "export", "flops", "latency", "load_exported", "packed_bytes"]
+__all__ += ["published_cost", "sparse_model", "training_flops"]
+
+
+def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:
+    """Forward FLOPs per sample by tensor, 2 * uses for every kept weight; their sum is the model's.
+
+    Args:
+        layout: made with `image_shape`.
+        mask: (P,) bool, True = kept; None = dense.
+
+    Raises:
+        ValueError: a mask of another length, or a layout that does not know how often its weights are used.
+    """
+    if mask is not None and mask.shape != (layout.prunable,):
+        raise ValueError(f"mask: shape {tuple(mask.shape)} is not valid; expected ({layout.prunable},)")
+    convolutions = [slot for slot in layout.slots if len(slot.shape) == 4]
+    if convolutions and all(slot.uses == 1 for slot in convolutions):
+        raise ValueError("layout: uses are unknown; expected one made with image_shape")
+    counts = {}
+    for slot in layout.slots:
+        if len(slot.shape) > 1:
+            prunable = mask is not None and slot.stop <= layout.prunable
+            kept = int(mask[slot.start : slot.stop].sum()) if prunable else prod(slot.shape)
+            counts[slot.name] = 2 * slot.uses * kept
+    return counts
+
+
+def training_flops(
+    layout: Layout, config: Config, samples: int, mask: Tensor | None = None, *, error_feedback: bool = False
+) -> dict[str, int]:
+    """FLOPs of one round's local training: `forward`, `input_gradient`, `weight_gradient` and their `total`.
+
+    Each of the three costs as much as a forward pass, over `config.local_epochs` passes; only the first layer needs no
+    input gradient. They are what kernels that skip zeros would do: the dense ones used here do the dense count.
+
+    Args:
+        layout: made with `image_shape`; its first tensor is the layer that sees the images.
+        samples: training samples of all participants together, each counted once.
+        mask: (P,) bool; None = dense.
+        error_feedback: the weight gradient is needed for pruned weights too and stays dense (slides, Eq. 1-2: FedDP,
+            FedDIP, and every other method that scores or regrows by gradients); False = masked SGD.
+
+    Raises:
+        ValueError: as `flops`, or negative `samples`.
+    """
+    if samples < 0:
+        raise ValueError(f"samples: {samples} is not valid; expected an integer >= 0")
+    sparse, dense = flops(layout, mask), flops(layout)
+    forward = sum(sparse.values())
+    parts = {
+        "forward": forward,
+        "input_gradient": forward - sparse[layout.slots[0].name],
+        "weight_gradient": sum((dense if error_feedback else sparse).values()),
+    }
+    parts = {name: count * samples * config.local_epochs for name, count in parts.items()}
+    return {**parts, "total": sum(parts.values())}
+
+
+def activation_bytes(module: nn.Module, images: Tensor) -> int:
+    """Bytes that a forward pass of `images` (b, C, H, W) keeps for the backward pass, the images included.
+
+    Measured: every tensor that autograd saves, but weights, each storage once. The same for a sparse model: zeros among
+    the weights leave the activations as many. `module` is unchanged.
+    """
+    module = deepcopy(module).train()
+    own = {part.untyped_storage().data_ptr() for part in (*module.parameters(), *module.buffers())}
+    saved = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the output of an operation kept by that operation would never be freed
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(images)
+    del output  # until here it held the graph, so that no storage was freed and its address given to another
+    return sum(saved.values())
+
+
+def client_memory(
+    module: nn.Module,
+    layout: Layout,
+    images: Tensor,
+    mask: Tensor | None = None,
+    *,
+    error_feedback: bool = False,
+) -> dict[str, int]:
+    """Bytes that a client's training needs at once, at the end of a forward pass, and their `total`.
+
+    `weights` and `gradient`: float32, n each, and with error feedback the dense w beside w*m; `mask`: a byte per
+    prunable weight; `buffers`: BatchNorm statistics; `activations`: of one batch (`activation_bytes`). Backward frees
+    activations while it goes; the workspace of kernels, data sets, messages and Python itself are not counted.
+
+    Args:
+        images: (b, C, H, W), one batch of network input.
+        mask: (P,) bool; None = dense.
+
+    Raises:
+        ValueError: `error_feedback` without a mask.
+    """
+    if error_feedback and mask is None:
+        raise ValueError("error_feedback: needs a mask")
+    parts = {
+        "weights": 4 * layout.size * (2 if error_feedback else 1),
+        "gradient": 4 * layout.size,
+        "mask": 0 if mask is None else layout.prunable,
+        "buffers": 4 * layout.buffer_size,
+        "activations": activation_bytes(module, images),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def packed_bytes(layout: Layout, state: ServerState) -> int:
+    """Size of the sparse model w*m as a message: kept values, the mask's code (which is the indices), BatchNorm
+    statistics, header and checksum. Bytes, the length of `encode`'s form; a full mask does not travel."""
+    mask = None if bool(state.mask.all()) else state.mask
+    extras = {"buffers": state.buffers} if len(state.buffers) else {}
+    return len(encode(Message(layout.pack(state.weights, mask), mask, extras)))
+
+
+def published_cost(size: int, participants: int, sparsity: float, upload_sparsity: float = 0.0) -> tuple[float, float]:
+    """(up, down) of one round by the published formula, in bytes: 4 * n * K * (1 - share of zeros).
+
+    The published files hold the same in bits / 2^20 (D21): times 8 / 2^20. Unlike the bytes of our messages it counts
+    no mask, applies the sparsity to weights that are never pruned, and charges the download at the target of the
+    present round although the mask is older (D22).
+
+    Args:
+        size: n, all weights of the model. participants: K.
+        sparsity: s_t, the target of the round (`schedules.sparsity_at`), in [0, 1]; 0 = dense.
+        upload_sparsity: measured share of exact zeros in what goes up, in [0, 1]; about 0 for dense uploads.
+
+    Raises:
+        ValueError: a share out of range.
+
+    Source: published code `functions_new.comm_costs_in_mb`, `fl_server.py`.
+    """
+    for name, share in (("sparsity", sparsity), ("upload_sparsity", upload_sparsity)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: {share} is not valid; expected a number in [0, 1]")
+    return 4.0 * size * participants * (1 - upload_sparsity), 4.0 * size * participants * (1 - sparsity)
+
+
+class Latency(NamedTuple):
+    """Milliseconds of one forward pass of a batch: median and quartiles of the repeats."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30) -> dict[str, Latency]:
+    """Wall time of a forward pass of `images` (b, ...), by name, with as many threads as PyTorch is set to.
+
+    The modules take turns, so that a machine that slows down does so for all; three passes each come first, untimed.
+    For CPUs: nobody waits for a GPU here. Modules are put into evaluation mode.
+
+    Raises:
+        ValueError: fewer than one repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: {repeats} is not valid; expected an integer >= 1")
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    with torch.inference_mode():
+        for turn in range(-3, repeats):
+            for name, module in modules.items():
+                start = time.perf_counter_ns()
+                module.eval()(images)
+                if turn >= 0:
+                    times[name].append((time.perf_counter_ns() - start) / 1e6)
+    return {name: Latency(*np.quantile(each, (0.25, 0.5, 0.75)).tolist()) for name, each in times.items()}

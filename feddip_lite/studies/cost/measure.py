@@ -1,0 +1,187 @@
+"""What pruned models cost on this machine: rows of measured numbers.
+
+`trained` makes a pruned model, `untouched` one that has its mask; `sizes` counts and weighs it, `layer_rows` and
+`inference_rows` time it.
+`benchmarks/cost.py` records them, notebook 09 takes a few afresh. Read before: `count.py`; after: `client.py`
+(training), `tables.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import takewhile
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from ...config import Config
+from ...core.flat import Layout
+from ...core.linear import Linear
+from ...core.models import INPUT_SHAPES, build_model
+from ...core.sparsity import density
+from ...core.state import ServerState
+from ...data.datasets import DATASETS, Dataset, normalise
+from ...records.names import NAMES
+from ...train.checkpoint import Progress
+from ...train.evaluate import evaluate_state
+from ...train.run import advance, running
+from ...train.setup import prepare
+from .count import export, flops, latency, packed_bytes, sparse_model, training_flops
+from .shrink import CHAINS, CSRLinear, plain, to_csr, without_dead_channels
+
+DENSE, CSR, SHRUNK, BOTH = "dense", "CSR linear layers", "dead channels removed", "both"
+"""The forms of a model that are timed; they compute the same."""
+
+
+def model_name(config: Config) -> str:
+    """As people write it, with its width unless that is 1."""
+    return NAMES[config.model] + (f" ({config.width:g})" if config.width != 1 else "")
+
+
+def untrained(dataset: str, model: str, width: float) -> nn.Module:
+    """The model of that name for that data set, without loading any."""
+    channels, size = INPUT_SHAPES.get(model, (1, 28))
+    return build_model(model, classes=DATASETS[dataset]["classes"], width=width, channels=channels, size=size)
+
+
+def largest_linear(config: Config) -> tuple[int, int]:
+    """(outputs, inputs) of the model's linear layer with most weights."""
+    layers = untrained(config.dataset, config.model, config.width).modules()
+    return max((tuple(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear)), key=prod)
+
+
+def trained(config: Config) -> tuple[ServerState, Dataset, float]:
+    """Run `config` to its end without recording it: the last state, the data, and the accuracy of w*m.
+
+    Raises:
+        As `train.run.run`.
+    """
+    config = config.resolved()
+    state, clients, method = prepare(config)
+    now = Progress(state)
+    with closing(clients.workers), running(config):
+        while now.state.round < config.rounds:
+            advance(now, clients, method, config)
+        accuracy = evaluate_state(now.state, clients)["accuracy"]
+    return now.state, clients.data, accuracy
+
+
+def untouched(config: Config, mask: Tensor | None = None) -> tuple[ServerState, Dataset]:
+    """The state before round 0, and the data: initial weights, for what depends on the mask alone. `mask` (P,) bool
+    takes the place of the method's first one."""
+    state, clients, _ = prepare(config)
+    clients.workers.close()
+    return state if mask is None else replace(state, mask=mask), clients.data
+
+
+def sizes(state: ServerState, data: Dataset, config: Config) -> dict[str, float]:
+    """What the sparse model w*m weighs, and what it would weigh dense.
+
+    Returns: `sparsity`, `weights` n, `prunable` P, `kept` of them; `file` and `dense_file`, bytes of `cost.export`;
+    `message` and `dense_message`, bytes that travel; `flops` and `dense_flops` of a forward pass of one image;
+    `training_dense`, `training_feedback` and `training_masked`, FLOPs of an epoch's training on one image, dense, with
+    error feedback and by masked SGD; `left`, the weights after `without_dead_channels` (NaN if the model is no chain).
+    """
+    once = replace(config, local_epochs=1)
+    dense = replace(state, weights=torch.ones_like(state.weights), mask=torch.ones_like(state.mask))
+    module, whole = (sparse_model(each, data, config) for each in (state, dense))
+    layout = Layout.of(module, image_shape=tuple(data.train_images.shape[1:]))
+    with TemporaryDirectory() as folder:
+        files = [export(Path(folder) / "model.pt", each, data, config) for each in (module, whole)]
+    return {
+        "sparsity": 1 - density(state.mask.float()),
+        "weights": layout.size,
+        "prunable": layout.prunable,
+        "kept": int(state.mask.sum()),
+        **dict(zip(("file", "dense_file"), files, strict=True)),
+        "message": packed_bytes(layout, state),
+        "dense_message": packed_bytes(layout, dense),
+        "flops": sum(flops(layout, state.mask).values()),
+        "dense_flops": sum(flops(layout).values()),
+        "training_dense": training_flops(layout, once, 1)["total"],
+        "training_feedback": training_flops(layout, once, 1, state.mask, error_feedback=True)["total"],
+        "training_masked": training_flops(layout, once, 1, state.mask)["total"],
+        "left": num_weights(without_dead_channels(module)) if type(module) in CHAINS else float("nan"),
+    }
+
+
+def layer_rows(
+    outputs: int, inputs: int, batch: int, sparsities: Sequence[float], repeats: int = 30
+) -> list[dict[str, float | str]]:
+    """Times of a linear layer with random weights and masks, dense and as `CSRLinear`: a row per sparsity and form
+    with `sparsity`, `form`, and `lower`, `median`, `upper` in ms."""
+    draw, rows = torch.Generator().manual_seed(0), []
+    images = torch.randn(batch, inputs, generator=draw)
+    for sparsity in sorted(sparsities):
+        weight = torch.randn(outputs, inputs, generator=draw)
+        weight *= torch.rand(outputs, inputs, generator=draw) >= sparsity
+        layers = {"stock": nn.Linear, "own": Linear}
+        layers = {name: nn.utils.skip_init(kind, inputs, outputs) for name, kind in layers.items()}
+        for layer in layers.values():
+            layer.load_state_dict({"weight": weight, "bias": torch.zeros(outputs)})
+        rows += _timed({**layers, CSR: CSRLinear(layers["stock"])}, images, repeats, sparsity=sparsity)
+    return rows
+
+
+def model_rows(module: nn.Module, images: Tensor, csr_from: float | None, repeats: int = 30) -> list[dict]:
+    """Times of a pruned model and of those of its sparse and smaller forms that differ from it: a row per form, as in
+    `layer_rows`.
+
+    Args:
+        images: (b, C, H, W), normalised. csr_from: the sparsity from which on a linear layer becomes CSR; None = never.
+    """
+    forms, bases = {"own": module}, {CSR: module}
+    if type(module) in CHAINS:
+        forms["stock"], small = plain(module), without_dead_channels(module)
+        if num_weights(small) < num_weights(module):
+            forms[SHRUNK] = bases[BOTH] = small
+    for name, base in bases.items() if csr_from is not None else ():
+        sparse = to_csr(base, csr_from)
+        if any(isinstance(layer, CSRLinear) for layer in sparse.modules()):
+            forms[name] = sparse
+    return _timed(forms, images, repeats)
+
+
+def crossing(rows: Iterable[Mapping]) -> float | None:
+    """The lowest of the sparsities in `rows` from which on some form beats the dense one: its upper quartile lies below
+    the dense form's lower. None if none does at the highest."""
+    wins: dict[float, bool] = {}
+    rows = list(rows)
+    dense = {row["sparsity"]: row["lower"] for row in rows if row["form"] == DENSE}
+    for row in rows:
+        wins[row["sparsity"]] = wins.get(row["sparsity"], False) or row["upper"] < dense[row["sparsity"]]
+    won = list(takewhile(wins.get, sorted(wins, reverse=True)))
+    return won[-1] if won else None
+
+
+def num_weights(module: nn.Module) -> int:
+    """All parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def inference_rows(
+    module: nn.Module, data: Dataset, layers: Sequence[Mapping], batches: Sequence[int], repeats: int = 30
+) -> list[dict]:
+    """Times of a pruned model's forms for several `batches`, numbers of test images: `model_rows` with `batch`.
+
+    Args:
+        layers: rows of `layer_rows` with the `batch` of each; at its crossing a linear layer becomes CSR.
+    """
+    rows = []
+    for batch in batches:
+        images = normalise(data.test_images[:batch], data)
+        csr_from = crossing(row for row in layers if row["batch"] == batch)
+        rows += [{"batch": batch, **row} for row in model_rows(module, images, csr_from, repeats)]
+    return rows
+
+
+def _timed(forms: Mapping[str, nn.Module], images: Tensor, repeats: int, **about) -> list[dict]:
+    """A row per form; of the dense ones, this package's layers and PyTorch's own, the faster is called dense."""
+    times = latency(forms, images, repeats)
+    dense = min((times.pop(name) for name in ("own", "stock") if name in times), key=lambda each: each.median)
+    return [{**about, "form": form, **each._asdict()} for form, each in {DENSE: dense, **times}.items()]

@@ -1,0 +1,215 @@
+"""What pruning saves, in tables and sentences: bytes of recorded runs, and the measurements of `measure.py`.
+
+Runs come as `names.describe` returns them, of one setting and partition. Measurements come as data frames: those
+of `benchmarks/cost_cpu.json` (`read_cost`), or fresh ones of the same columns. Read next: `figures.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from ...core.flat import Layout
+from ...core.schedules import sparsity_at
+from ...records.names import HEADLINE, NAMES, labels
+from ...records.store import headline
+from ...report.markdown import table
+from ...report.statistics import NOTHING, paired, quantity
+from .count import published_cost, training_flops
+from .measure import BOTH, CSR, DENSE, SHRUNK, crossing, untrained
+
+RECORD = "cost_cpu.json"
+DENSE_CLIENT = NAMES["fedavg"]
+SHOWN = 0.9  # the sparsity of the README's table
+PUBLISHED = [NAMES[name] for name in HEADLINE]
+"""The forms of methods that the published formula was written for: dense uploads, downloads at the target sparsity."""
+WHY_NO_TIME = (
+    "In training every multiplication with a pruned weight is still done: forward and backward run dense kernels, "
+    "which save none of the FLOPs that the count leaves out."
+)
+
+
+def read_cost(folder: Path) -> dict | None:
+    """The record in the folder `benchmarks`: `clients`, `layers`, `models` and `times` as data frames, `settings` and
+    `provenance` as they are; None without one."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    frames = {name: pd.DataFrame(record[name]) for name in ("clients", "layers", "models", "times")}
+    return {**record, **frames}
+
+
+def judged_clients(folder: Path) -> pd.DataFrame:
+    """The rows `clients` of the record, if there is one that may be quoted: what claims are judged by."""
+    record = read_cost(folder)
+    if record is None or reservation(record):
+        return pd.DataFrame(columns=["split", "label", "seed"])
+    return record["clients"]
+
+
+def reservation(record: dict) -> str:
+    """Why the record's numbers are not to be quoted; empty if they may be."""
+    facts = record["provenance"]
+    if facts["rehearsal"]:
+        return "A rehearsal: few sparsities and repeats. Not to be quoted."
+    busy = max(facts["load"].values()) > facts["cpus"]
+    return "The machine was busy: times are not to be quoted." if busy else ""
+
+
+def circumstances(record: dict) -> str:
+    """Where the numbers were taken, how busy the machine was, and whether they are meant to be quoted."""
+    facts, how, doubt = record["provenance"], record["settings"], reservation(record)
+    load = max(facts["load"].values())
+    words = f"Measured on {facts['device']} with {facts['cpus']} cores, one thread, torch {facts['torch']}"
+    words += f", load {load:.1f}; {how['repeats']} forward passes, {how['client_turns']} trainings each."
+    return f"**{doubt}** {words}" if doubt else words
+
+
+def source(record: dict) -> str:
+    """The same in a few words, for the titles of figures."""
+    what = "NOT TO BE QUOTED" if reservation(record) else "Recorded"
+    return f"{what}: {record['provenance']['device']}, one thread, {record['settings']['repeats']} passes"
+
+
+def published_bytes(run: pd.DataFrame) -> pd.DataFrame:
+    """`up_bytes` and `down_bytes` (T rows, indexed by round) of a run by the published formula, evaluated or not;
+    without `initial_sparsity` dense."""
+    first = run.iloc[0]
+    size = Layout.of(untrained(first["dataset"], first["model"], first["width"])).size
+    initial = pd.to_numeric(first["initial_sparsity"])
+    ends = (0.0, 0.0) if pd.isna(initial) else (initial, first["target_sparsity"])
+    shares = [sparsity_at(t, *ends, int(first["rounds"])) for t in range(int(first["rounds"]))]
+    costs = [published_cost(size, int(first["clients_per_round"]), share) for share in shares]
+    return pd.DataFrame(costs, columns=["up_bytes", "down_bytes"])
+
+
+def bytes_table(runs: pd.DataFrame) -> str:
+    """Markdown: what each method sends per client and round, in total, and as a share of FedAvg's; and the total by the
+    published formula, where it applies. Of several seeds the mean."""
+    rows, totals = [], headline(runs).assign(both=lambda each: each["up_bytes"] + each["down_bytes"])
+    for label in labels(totals):
+        own = totals[totals["label"] == label]
+        each = 2**10 * own["rounds"] * own["clients_per_round"]
+        cells = [label, *(f"{(own[way] / each).mean():.1f}" for way in ("up_bytes", "down_bytes"))]
+        cells += [f"{own['both'].mean() / 2**20:.1f}"]
+        shares = [paired(totals, label, DENSE_CLIENT, way, ratio=True) for way in ("up_bytes", "down_bytes", "both")]
+        cells += [f"{share.mean():.3f}" if len(share) else "-" for share in shares]
+        published = label in PUBLISHED
+        rows.append([*cells, _formula(runs[runs["run_id"] == own["run_id"].iloc[0]]) if published else "-"])
+    heads = ["method", "up, KiB per client and round", "down, KiB", "total, MiB", "up / FedAvg", "down / FedAvg"]
+    return table([*heads, "total / FedAvg", "published formula: MiB, share of FedAvg's"], rows)
+
+
+def flops_table(layout: Layout, samples: int, config, mask) -> str:
+    """Markdown: GFLOPs of one round's training of all participants, part by part: dense, and counted under `mask`."""
+    forms = {"dense": {}, "masked SGD": {"mask": mask}, "error feedback": {"mask": mask, "error_feedback": True}}
+    counts = {name: training_flops(layout, config, samples, **form) for name, form in forms.items()}
+    rows = [
+        [part.replace("_", " "), *(f"{counts[form][part] / 1e9:.3f} ({_share(counts, form, part)})" for form in forms)]
+        for part in counts["dense"]
+    ]
+    return table(["part", *(f"{form}, GFLOP (share)" for form in forms)], rows)
+
+
+def clients_table(clients: pd.DataFrame) -> str:
+    """Markdown: seconds and peak memory of one client's training, measured, and the memory that is counted."""
+    rows, mib = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
+    for model in clients["split"].unique():
+        group = clients[clients["split"] == model]
+        for label in group["label"].unique():
+            own = group[group["label"] == label]
+            cells = [model, label]
+            for column in ("seconds", "peak_mib"):
+                cells += [f"{own[column].median():.3g}", _times_dense(group, label, column)]
+            rows.append([*cells, *(f"{own[part].iloc[0] / 2**20:.2f}" for part in mib)])
+    heads = ["model", "client of", "seconds", "/ FedAvg's", "peak, MiB", "/ FedAvg's", "counted: weights", *mib[1:]]
+    return table(heads, rows)
+
+
+def models_table(models: pd.DataFrame) -> str:
+    """Markdown: what a pruned model weighs, per model and target sparsity; shares are of the dense one's."""
+    rows = []
+    for row in models.itertuples():
+        sizes = [(row.file, row.dense_file), (row.message, row.dense_message)]
+        cells = [f"{sparse / 2**10:.1f} ({sparse / dense:.3f})" for sparse, dense in sizes]
+        counts = [row.flops / row.dense_flops, row.training_feedback / row.training_dense]
+        counts += [row.training_masked / row.training_dense, row.left / row.weights]
+        shares = ["-" if pd.isna(count) else f"{count:.3f}" for count in counts]
+        rows.append([row.model, f"{row.sparsity:.3f}", *cells, *shares])
+    heads = ["model", "sparsity", "file, KiB (share)", "message, KiB (share)", "forward FLOPs"]
+    heads += ["training FLOPs, error feedback", "training FLOPs, masked SGD", "weights left without dead channels"]
+    return table(heads, rows)
+
+
+def crossings(rows: pd.DataFrame) -> str:
+    """Markdown: from which sparsity on a sparse form is faster than the dense one, in a list; `rows` of layers, with
+    the column `layer`, or of whole models."""
+    lines = []
+    for (model, batch), group in rows.groupby(["model", "batch"], sort=False):
+        what = f"its linear layer {group['layer'].iloc[0]}" if "layer" in group else "the whole model"
+        lines.append(f"- **{model}**, {what}, {_images(batch)}: {_crossing_words(group)}.")
+    return "\n".join(lines)
+
+
+def reading(clients: pd.DataFrame, times: pd.DataFrame) -> str:
+    """Markdown: what sparsity buys, in sentences: training time and memory of clients, and inference."""
+    lines = [WHY_NO_TIME, ""]
+    for model in clients["split"].unique():
+        group = clients[clients["split"] == model]
+        said = []
+        for label in [label for label in group["label"].unique() if label != DENSE_CLIENT]:
+            time, memory = (_times_dense(group, label, column) for column in ("seconds", "peak_mib"))
+            said.append(f"{label} takes {time} times FedAvg's time and {memory} times its peak memory")
+        lines.append(f"- **{model}**, training: {'; '.join(said)}.")
+    never = [
+        f"{model} with {_images(batch)}"
+        for (model, batch), group in times.groupby(["model", "batch"], sort=False)
+        if crossing(group.to_dict("records")) is None
+    ]
+    lines += [crossings(times), ""]
+    lines += [f"Unstructured sparsity buys no time on this machine for {', '.join(never)}." if never else ""]
+    return "\n".join(lines).strip()
+
+
+def cost_section(folder: Path) -> str:
+    """Markdown for the README, from the record in the folder `benchmarks`: sizes at 0.9, and what sparsity buys; of one
+    that is not to be quoted only that."""
+    record = read_cost(folder)
+    if record is None:
+        return NOTHING
+    if reservation(record):
+        return circumstances(record)
+    models = record["models"]
+    parts = [models_table(models[models["target"] == SHOWN]), reading(record["clients"], record["times"])]
+    return "\n\n".join([*parts, circumstances(record)])
+
+
+def _formula(run: pd.DataFrame) -> str:
+    up, down = published_bytes(run).sum()
+    return f"{(up + down) / 2**20:.1f}, {(up + down) / (2 * up):.3f}"  # FedAvg's is twice the dense upload
+
+
+def _times_dense(clients: pd.DataFrame, label: str, column: str) -> str:
+    """A column's ratio to that of FedAvg's client, turn by turn."""
+    return "1" if label == DENSE_CLIENT else quantity(paired(clients, label, DENSE_CLIENT, column, ratio=True), 3)
+
+
+def _share(counts: dict, form: str, part: str) -> str:
+    return f"{counts[form][part] / counts['dense'][part]:.2f}"
+
+
+def _images(batch: int) -> str:
+    return f"{batch} image{'s' * (batch > 1)} at a time"
+
+
+def _crossing_words(group: pd.DataFrame) -> str:
+    found, top = crossing(group.to_dict("records")), group["sparsity"].max()
+    if found is None:
+        return f"at no sparsity up to {top:g} is a sparse form faster"
+    at = group[group["sparsity"] == top].set_index("form")["median"]
+    best = at.drop(DENSE).idxmin()
+    words = {CSR: "CSR", SHRUNK: "removing dead channels", BOTH: "CSR without dead channels"}[best]
+    return f"faster from sparsity {found:g} on; at {top:g} {words} takes {at[best] / at[DENSE]:.2f} of the dense time"

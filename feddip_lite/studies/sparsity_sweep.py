@@ -1,0 +1,192 @@
+"""Accuracy as sparsity goes to the extreme, and what FedDIP's own settings are worth: tables and figures.
+
+The question is FedDIP minus FedDP, the same run without the penalty, paired by seed. Results come as
+`records.names.describe` returns them; statistics are those of `report/statistics.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from ..config import Config
+from ..records.catalogue import own_start, shared_start
+from ..records.names import NAMES, SHARED, SHARED_START, SPLIT, labels
+from ..records.store import headline
+from ..report.markdown import table
+from ..report.statistics import interval, mean_of, paired, quantity
+from ..report.style import COLOURS, INK, counted, grid, look_of, styled
+
+_SHARED = [*SPLIT, *(name for name in SHARED if name not in ("target_sparsity", "weight_decay"))]
+DECAY = Config().weight_decay
+DENSE = NAMES["fedavg"]
+
+
+def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs, one row each as `headline` has them, that differ from the usual FedDIP run in target sparsity, method
+    and seed alone; methods with a single target sparsity are left out. FedAvg has none: it stands at every sparsity."""
+    runs = _at_home(results)
+    runs = runs[(runs["changed"] == "") & (runs["preset"] == "paper") & (runs["weight_decay"] == DECAY)]
+    targets = runs.groupby("method")["target_sparsity"].nunique()
+    swept = runs[runs["method"].isin(targets.index[targets > 1])]
+    dense = runs[runs["label"] == DENSE].drop(columns="target_sparsity")
+    return pd.concat([swept, dense.merge(swept[["target_sparsity"]].drop_duplicates(), how="cross")])
+
+
+def recorded_sweep(results: pd.DataFrame) -> pd.DataFrame:
+    """`sparsity_sweep` of recorded runs, or where FedDIP's own start was not swept yet, of `shared_start`."""
+    swept = sparsity_sweep(results)
+    return swept if "FedDIP" in set(swept["label"]) else sparsity_sweep(shared_start(results))
+
+
+def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:
+    """Target sparsity -> FedDIP minus FedDP in final accuracy, (n,), over the seeds that have both."""
+    found = {sparsity: paired(group, "FedDIP", "FedDP") for sparsity, group in runs.groupby("target_sparsity")}
+    return {sparsity: values for sparsity, values in found.items() if len(values)}
+
+
+def sweep_table(runs: pd.DataFrame) -> str:
+    """Markdown: a row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
+    names, won, rows = labels(runs), gains(runs), []
+    for sparsity, group in runs.groupby("target_sparsity"):
+        accuracies = [quantity(_values(group, name)) for name in names]
+        rows.append([f"{sparsity:g}", *accuracies, quantity(won.get(sparsity, []), sign="+")])
+    return table(["target sparsity", *names, "FedDIP - FedDP"], rows)
+
+
+def sweep_reading(runs: pd.DataFrame) -> str:
+    """In a sentence: at which sparsities the penalty helps or hurts, by the interval of its gain; where the interval
+    has both signs, its half width, since a smaller difference could not have been seen."""
+    said = {"helps": [], "hurts": [], "makes no difference that these seeds could show": [], "has too few seeds": []}
+    for sparsity, values in gains(runs).items():
+        mean, half = interval(values)
+        if np.isnan(half):
+            said["has too few seeds"].append(f"{sparsity:g}")
+        elif abs(mean) > half:
+            said["helps" if mean > 0 else "hurts"].append(f"{sparsity:g}")
+        else:
+            said["makes no difference that these seeds could show"].append(f"{sparsity:g} (± {half:.4f})")
+    parts = [f"{verb} at {', '.join(found)}" for verb, found in said.items() if found]
+    return f"Against FedDP, the growing penalty {'; '.join(parts)}." if parts else "No recorded runs yet."
+
+
+def ablations(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs of FedDIP and FedDP, one row each, with a column `variant`: what was changed of FedDIP. FedDP is FedDIP
+    without its penalty; runs without weight decay are there with and without it. Of the shared random start (D7) there
+    is FedDIP alone, since all else would be two changes. None if FedDIP itself is missing."""
+    runs = _at_home(results)
+    runs = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["changed"] != "upload")]
+    alone = (runs["method"] == "feddip") & (runs["preset"] == "paper") & runs["changed"].isin(["erk", "erk, erk_over"])
+    runs = pd.concat([own_start(runs), runs[alone]])
+    runs = runs.assign(variant=[_variant(run) for _, run in runs.iterrows()])
+    return runs if "FedDIP" in set(runs["variant"]) else runs.iloc[:0]
+
+
+def recorded_ablations(results: pd.DataFrame) -> pd.DataFrame:
+    """`ablations` of recorded runs, or where FedDIP's own start was not recorded yet, of `shared_start`."""
+    found = ablations(results)
+    return found if len(found) else ablations(shared_start(results))
+
+
+def ablation_table(runs: pd.DataFrame) -> str:
+    """Markdown: a row per variant, its final accuracy, and the difference from FedDIP paired by seed."""
+    rows = []
+    for name, values in _variants(runs).items():
+        own = runs[runs["variant"] == name].sort_values("seed")
+        rows.append([name, quantity(own["accuracy"]), quantity(values, sign="+"), mean_of(own["sparsity"], 4)])
+    return table(["variant", "final accuracy", "minus FedDIP", "final sparsity"], rows)
+
+
+@styled
+def sweep(runs: pd.DataFrame, title: str) -> Figure:
+    """Left: final accuracy against target sparsity, a line per method. Right: FedDIP minus FedDP at each sparsity, a
+    point per seed, the 95 % interval where there are three."""
+    figure, axes = grid(1, 2, 5.2, 3.8)
+    left, right = axes[0]
+    for label in labels(runs):
+        own = runs[runs["label"] == label]
+        points = {s: _values(own[own["target_sparsity"] == s], label) for s in sorted(own["target_sparsity"].unique())}
+        _with_intervals(left, points, look_of(own), counted(label, [len(values) for values in points.values()]))
+    left.set(ylabel="final accuracy, whole test set")
+    left.legend(loc="lower left")
+    won = gains(runs)
+    _with_intervals(right, won, {"color": COLOURS["feddip"], "linestyle": "-"}, None)
+    for sparsity, values in won.items():
+        right.plot([1 - sparsity] * len(values), values, "o", color=INK, markersize=3.5, alpha=0.6)
+    right.axhline(0, color=INK, linewidth=0.8)
+    right.set(ylabel="FedDIP minus FedDP, paired by seed")
+    for panel in (left, right):
+        _sparsity_axis(panel, sorted(runs["target_sparsity"].unique()))
+    _headed(figure, runs, title, "bars: 95 % intervals over seeds")
+    return figure
+
+
+@styled
+def ablation(runs: pd.DataFrame, title: str) -> Figure:
+    """Each variant minus FedDIP, paired by seed: a point per seed, and the 95 % interval where there are three."""
+    found = {name: values for name, values in _variants(runs).items() if len(values)}
+    figure, axes = grid(1, 1, 7.6, 0.36 * len(found) + 1.2)
+    panel = axes[0][0]
+    for place, values in enumerate(found.values()):
+        mean, half = interval(values)
+        panel.plot(values, [place] * len(values), "o", color=INK, markersize=3.5, alpha=0.6)
+        panel.errorbar(
+            mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=COLOURS["feddip"], markersize=5
+        )
+    panel.axvline(0, color=INK, linewidth=0.8)
+    names = [counted(name, [len(values)]) for name, values in found.items()]
+    panel.set(yticks=range(len(found)), yticklabels=names, xlabel="final accuracy minus FedDIP's, paired by seed")
+    panel.invert_yaxis()
+    panel.grid(False, axis="y")
+    _headed(figure, runs, title, f"target sparsity {runs['target_sparsity'].iloc[0]:g}")
+    return figure
+
+
+def _at_home(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per run that shares all but sparsity, weight decay, seed and what belongs to a method with most FedDIP
+    runs."""
+    runs = headline(results)
+    alike = runs.groupby(_SHARED, dropna=False).ngroup()
+    return runs[alike.isin(alike[runs["method"] == "feddip"].mode().head(1))]
+
+
+def _variant(run: pd.Series) -> str:
+    words = ["no penalty (FedDP)"] * (run["method"] == "feddp")
+    words += [f"weight decay {run['weight_decay']:g}"] * (run["weight_decay"] != DECAY)
+    notes = run["label"].partition(" (")[2].removesuffix(")")
+    return ", ".join([*words, *[notes] * bool(notes)]) or "FedDIP"
+
+
+def _variants(runs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """variant -> its accuracy minus FedDIP's over common seeds; FedDIP first, with none, the others by name."""
+    named = runs.assign(label=runs["variant"])
+    names = sorted(named["variant"].unique(), key=lambda name: (name != "FedDIP", "decay" in name, name))
+    return {name: paired(named, name, "FedDIP") if name != "FedDIP" else np.empty(0) for name in names}
+
+
+def _values(runs: pd.DataFrame, label: str) -> np.ndarray:
+    return runs[runs["label"] == label].sort_values("seed")["accuracy"].to_numpy()
+
+
+def _with_intervals(panel: Axes, points: dict[float, np.ndarray], look: dict, name: str | None) -> None:
+    places = [1 - sparsity for sparsity in points]
+    means, halves = zip(*(interval(values) for values in points.values()), strict=True) if points else ((), ())
+    halves = np.nan_to_num(halves)
+    panel.errorbar(places, means, halves, label=name, marker="o", markersize=5, capsize=3, **look)
+
+
+def _sparsity_axis(panel: Axes, sparsities: list[float]) -> None:
+    """Sparsity in percent, at places that follow the logarithm of what is left."""
+    panel.set(xscale="log", xlabel="target sparsity [%]; places follow the logarithm of the density")
+    panel.set_xticks([1 - s for s in sparsities], [f"{100 * s:g}" for s in sparsities])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.invert_xaxis()
+
+
+def _headed(figure: Figure, runs: pd.DataFrame, title: str, more: str) -> None:
+    words = [word for word in runs["setting"].iloc[0].split(", ") if not word.startswith("target sparsity")]
+    shown = [*words[:4], *(word for word in words[4:] if word == SHARED_START)]
+    figure.suptitle(f"{title}; {runs['split'].iloc[0]}\n{', '.join(shown)}; {more}", x=0.01, ha="left")

@@ -1,0 +1,140 @@
+"""The federation: `run_round`, THE round, a pure function of a state.
+
+    for each client of the cohort:   offer -> plan -> local_update -> reply         then   merge
+
+State is a value; nothing is remembered between rounds but `ServerState` and the clients' memories. Read before:
+`methods/base.py` (the hooks); after: `client.py` (what a client does), `run.py` (many rounds make a run).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..config import Config
+from ..core.flat import FlatModel, sha256_of
+from ..core.message import Message, num_bytes
+from ..core.plan import LocalResult
+from ..core.seeds import numpy_generator
+from ..core.sparsity import density
+from ..core.state import EMPTY, Memory, ServerState
+from ..data.datasets import Dataset
+from ..methods.base import samples_of
+from ..methods.registry import Method
+from .client import local_update, see_test_images
+from .failures import collect, merge
+from .workers import Workers
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The data and the clients' memories. `train[i]`, `test[i]`: sample indices of client i, int64 on the device;
+    `split_sha256`: the checksum of them all."""
+
+    data: Dataset
+    train: tuple[Tensor, ...]
+    test: tuple[Tensor, ...]
+    workers: Workers
+    split_sha256: str = ""
+    memories: Mapping[int, Memory] = field(default_factory=dict)
+
+    def deliver(self, method: Method, offers: Mapping[int, Message], config: Config, t: int) -> dict[int, Future]:
+        """Hand every offer to its client. Returns what each makes of it: a future (reply, memory, result)."""
+        submit = self.workers.submit
+        return {
+            client: submit(train_client, method, offer, self, config, t, client) for client, offer in offers.items()
+        }
+
+    def facts(self) -> dict:
+        """What a run's provenance says of these clients."""
+        return {"split_sha256": self.split_sha256}
+
+    def digest(self, memory: Memory) -> str:
+        """Checksum of a client's memory."""
+        return sha256_of(memory)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one round did; fields as the columns of a results file. `memories` are the clients' new memories, and
+    `skipped` names the clients that failed, with the reason."""
+
+    round: int
+    train_loss: float
+    sparsity: float
+    lr: float
+    penalty: float
+    up_bytes: int
+    down_bytes: int
+    regrown: int
+    pruning_error: float
+    memories: Mapping[int, Memory]
+    skipped: Mapping[int, str]
+
+
+def sample_cohort(config: Config, t: int) -> list[int]:
+    """The K clients of round t, ascending: uniform without replacement, a function of (seed, t)."""
+    draw = numpy_generator(config.seed, "cohort", t)
+    return sorted(draw.choice(config.clients, config.clients_per_round, replace=False).tolist())
+
+
+def run_round(state: ServerState, clients: Clients, method: Method, config: Config) -> tuple[ServerState, RoundRecord]:
+    """One federated round. Pure: the same inputs give the same bits, for any number of workers.
+
+    Returns:
+        (the next state, the record). The clients' new memories are in the record; `clients` is unchanged.
+
+    Raises:
+        ClientFailure: see `Config.on_client_failure`. The state is as it was.
+    """
+    t = state.round
+    offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
+    futures = clients.deliver(method, offers, config, t)
+    replies, memories, skipped = collect(futures, clients.workers, state, config)
+    new, replies = merge(method, state, replies, skipped, config)
+    samples = samples_of(replies)
+    loss = sum(float(replies[client].extras["loss"][0]) * count for client, count in samples.items())
+    prunable = new.weights[: len(new.mask)]
+    record = RoundRecord(
+        round=t,
+        train_loss=loss / sum(samples.values()),
+        sparsity=1 - density(prunable * new.mask),
+        lr=config.lr_at(t),
+        penalty=method.penalty(t),
+        up_bytes=sum(num_bytes(reply) for reply in replies.values()),
+        down_bytes=sum(num_bytes(offer) for offer in offers.values()),
+        regrown=int((new.mask & ~state.mask).sum()),
+        pruning_error=pruning_error(prunable, new.mask),
+        memories={client: memory for client, memory in memories.items() if client in replies},
+        skipped=skipped,
+    )
+    return new, record
+
+
+def train_client(
+    model: FlatModel, method: Method, offer: Message, clients: Clients, config: Config, t: int, client: int
+) -> tuple[Message, Memory, LocalResult]:
+    """One client's part of a round: plan, train, reply. Returns (reply, the client's new memory, result).
+
+    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
+    """
+    memory = clients.memories.get(client, EMPTY)
+    plan = method.plan(offer, memory, t)
+    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
+    if plan.test_leak:
+        result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
+    return *method.reply(result, memory, t), result
+
+
+def pruning_error(prunable: Tensor, mask: Tensor) -> float:
+    """||w - w*m||^2 / ||w||^2 over the prunable part of the dense average (docs/deviations.md D26), in [0, 1].
+
+    NaN where nothing is pruned: there is no error to speak of.
+    """
+    if bool(mask.all()):
+        return float("nan")
+    squares = prunable.double().square_()
+    return float((squares * ~mask).sum() / squares.sum())

@@ -1,0 +1,167 @@
+"""`prepare`: from a configuration to a federation: data dealt to clients, models for the workers, the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config import Config
+from ..core.autograd import Autograd
+from ..core.flat import FlatModel, Layout
+from ..core.models import INPUT_SHAPES, build_model, empty_model, num_stages
+from ..core.seeds import derive, numpy_generator, torch_generator
+from ..core.state import ServerState
+from ..data.datasets import (
+    Dataset,
+    Split,
+    as_published,
+    fit_images,
+    hold_out,
+    load_dataset,
+    normalise,
+    partition_dirichlet,
+    partition_iid,
+    partition_pathological,
+)
+from ..fast.choose import fastest_arithmetic
+from ..methods.base import Context, Method
+from ..methods.registry import METHODS, settings_of
+from .round import Clients
+from .workers import Workers, keep_freed_memory, num_workers
+
+
+def deal(config: Config) -> tuple[Dataset, Split, np.ndarray]:
+    """The configuration's data set, who holds which of its samples, and which of them the server keeps."""
+    data = load_dataset(config.dataset)
+    if config.validation:
+        data = hold_out(data, config.validation, torch_generator(config.seed, "validation"))
+    return data, split_of(data, config), reference_of(data, config)
+
+
+def prepare(
+    config: Config, deal: Callable[[Config], tuple[Dataset, Split, np.ndarray]] = deal
+) -> tuple[ServerState, Clients, Method]:
+    """What `run_round` needs: the state before round 0, the clients with their data, and the method.
+
+    Args:
+        deal: where data comes from; a client with data of its own has another source than the default.
+
+    Raises:
+        ValueError: the data is damaged, or cannot be dealt as the configuration says, or there is no such device.
+        FileNotFoundError: the data is not here and cannot be downloaded; says what to do.
+    """
+    config = config.resolved()
+    device = _device(config)
+    keep_freed_memory()
+    options = config.method_options
+    data, split, kept = deal(config)
+    if options.get("normalisation") == "published":
+        data = as_published(data)
+    if config.model in INPUT_SHAPES:
+        data = fit_images(data, *INPUT_SHAPES[config.model])
+    channels, size = data.train_images.shape[1:3]
+    shape = {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
+
+    def build():
+        return build_model(config.model, **shape, seed=derive(config.seed, "initial weights"))
+
+    def worker_model():
+        model = FlatModel(build(), layout, device)
+        model.arithmetic = fastest_arithmetic(model, size, config.precision)
+        return model
+
+    def scratch(depth=None):  # lives for one job at most, too short to be worth a faster arithmetic
+        module = empty_model(config.model, depth, **shape, device=device)
+        model = FlatModel(module, layout if depth is None else Layout.of(module), device)
+        model.arithmetic = Autograd(module, model.gradient, config.precision)
+        return model
+
+    layout = layout_of(build(), config, (channels, size, size))
+    reference = torch.from_numpy(kept)
+    images = normalise(data.train_images[reference], data).to(device)
+    context = Context(scratch, num_stages(config.model), images, data.train_labels[reference].to(device))
+    method = build_method(config, layout, context)
+    count, slots = num_workers(config.workers, config.clients_per_round, device)
+    models = [worker_model() for _ in range(count)]
+    state = initial_state(method, models[0])
+    train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
+    return state, Clients(data.to(device), train, test, Workers(models, slots, worker_model), split.sha256), method
+
+
+def layout_of(module: nn.Module, config: Config, image_shape: tuple[int, int, int] | None = None) -> Layout:
+    """The layout that a run of this configuration has; ResNet's shortcuts are prunable if its method says so (D19)."""
+    pruned = config.resolved().method_options.get("shortcuts") == "pruned"
+    return Layout.of(module, include_shortcut=pruned, image_shape=image_shape)
+
+
+def split_of(data: Dataset, config: Config) -> Split:
+    """The clients' shards of train and test set under the configuration's partition; a function of its seed.
+
+    What the server keeps for itself (`reference_of`) is taken out of the training set before it is split.
+    """
+    left = np.setdiff1d(np.arange(len(data.train_labels)), reference_of(data, config))
+    labels = data.train_labels.numpy()[left], data.test_labels.numpy()
+    draw = numpy_generator(config.seed, "partition")
+    if config.partition == "pathological":
+        in_order = config.classes_dealt == "in_order"
+        split = partition_pathological(*labels, config.clients, draw, config.classes_per_client, in_order)
+    elif config.partition == "dirichlet":
+        split = partition_dirichlet(*labels, config.clients, draw, config.alpha)
+    else:
+        split = partition_iid(*labels, config.clients, draw)
+    return replace(split, train=tuple(left[shard] for shard in split.train))
+
+
+def reference_of(data: Dataset, config: Config) -> np.ndarray:
+    """The training samples that the server keeps: `reference_per_class` of each class, for methods with that option.
+
+    Returns:
+        int64 indices, class after class, a function of the seed; empty for all other methods.
+
+    Raises:
+        ValueError: a class has no sample left for the clients.
+    """
+    count = config.resolved().method_options.get("reference_per_class", 0)
+    if not count:
+        return np.empty(0, np.int64)
+    draw, labels = numpy_generator(config.seed, "reference"), data.train_labels.numpy()
+    fewest = np.bincount(labels, minlength=data.classes).min()
+    if count >= fewest:
+        raise ValueError(f"reference_per_class: {count} is not valid; expected an integer in [1, {fewest - 1}]")
+    kept = [draw.permutation(np.flatnonzero(labels == label))[:count] for label in range(data.classes)]
+    return np.concatenate(kept)
+
+
+def _device(config: Config) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= gpus:
+        raise ValueError(f"device: {name!r} is not valid; expected cpu, auto or cuda:N, N below the {gpus} GPUs here")
+    if config.precision == "tf32" and name == "cpu":
+        raise ValueError("precision: 'tf32' is not valid on a CPU; expected float32 or bf16")
+    return torch.device(name)
+
+
+def initial_state(method: Method, model: FlatModel) -> ServerState:
+    """The state before round 0, from the model's initial weights and the method's first mask."""
+    mask, memory = method.start()
+    mask = mask.to(model.weights.device)
+    return method.begin(ServerState(0, model.weights.clone(), model.buffers.clone(), mask, memory))
+
+
+def build_method(config: Config, layout: Layout, context: Context | None = None) -> Method:
+    """The method of a resolved configuration on this layout.
+
+    Raises:
+        ValueError: the method's settings do not fit each other, or not this model.
+    """
+    method = METHODS[config.method]
+    own = settings_of(config.method, config.preset)
+    values = {name: config.method_options.get(name, getattr(config, name, None)) for name in own}
+    return method(layout=layout, rounds=config.rounds, seed=config.seed, context=context, **values)

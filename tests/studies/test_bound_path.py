@@ -1,0 +1,340 @@
+"""Laws of followed runs: what a row holds, resuming, f in both settings; terms and words from a record; the figures."""
+
+import importlib.util
+import json
+import math
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY, names, read_outputs, tiny_config
+
+from feddip_lite.config import FIELDS
+from feddip_lite.records.names import describe
+from feddip_lite.records.profiles import load_profile
+from feddip_lite.records.store import ROOT, load_results, read_run
+from feddip_lite.report.style import save_figure
+from feddip_lite.studies import followed
+from feddip_lite.studies.bound import figures as bound_figures
+from feddip_lite.studies.bound import path as bound_runs
+from feddip_lite.studies.bound.estimators import Objective, assemble, estimate, pruning_distance
+from feddip_lite.studies.bound.path import COLUMNS, ESTIMATES, follow
+from feddip_lite.studies.bound.tables import (
+    TERMS,
+    bound_of,
+    checkpoints,
+    estimates_table,
+    gamma_of,
+    overtaking,
+    reading,
+    removed_list,
+    removed_so_far,
+    summary,
+)
+from feddip_lite.train.evaluate import evaluate_state
+
+COARSE = {"batches": 2, "curvature_samples": 30, "iterations": 2, "progress": False}
+SHORT = {"clients": 12, "clients_per_round": 2, "rounds": 5, "eval_every": 2, "mask_interval": 2}
+THEORY = {"lr_schedule": "theory", "smoothness": 40.0}
+
+
+pytestmark = pytest.mark.usefixtures("agg")
+
+
+# ---- following a run
+
+
+def test_rows_are_the_states_of_the_run_and_estimates_are_those_of_their_state(tmp_path, federation, train):
+    config = tiny_config(**SHORT)
+    rows, (start, clients, _) = follow(config, tmp_path, **COARSE), federation(config)
+    done = train(config)
+    states = [start, *(state for state, _ in done)]
+    assert list(rows["round"]) == list(range(config.rounds + 1))
+    for state, row in zip(states, rows.to_dict("records"), strict=True):
+        removed = pruning_distance(state.weights[: len(state.mask)], state.mask)
+        np.testing.assert_equal((row["pruning_error"], row["pruning_distance"]), removed)
+    assert list(rows["sparsity"].iloc[1:]) == [record.sparsity for _, record in done]
+    assert list(rows["down_bytes"]) == [0, *(record.down_bytes for _, record in done)]
+    assert list(checkpoints(rows)["round"]) == [0, 2, 4, 5]
+    for row in checkpoints(rows).to_dict("records"):
+        state = states[row["round"]]
+        expected = asdict(estimate(state, clients, config, **COARSE))  # NaN where nothing is pruned yet
+        np.testing.assert_equal({name: row[name] for name in ESTIMATES}, expected)
+        assert row["accuracy"] == evaluate_state(state, clients)["accuracy"]
+
+
+def test_f_holds_penalty_and_weight_decay_in_the_theorems_setting_alone(tmp_path, federation):
+    strong = {**SHORT, "rounds": 2, "penalty_max": 0.5, "penalty_steps": 2, "weight_decay": 0.1}
+    for number, more in enumerate(({}, THEORY)):
+        config = tiny_config(**strong, **more)
+        last = follow(config, tmp_path, **COARSE).iloc[1 + number]
+        assert last["penalty"] == (0.0, 0.25, 0.5)[1 + number]
+        record = json.loads((tmp_path / f"{config.run_id}.json").read_text())
+        assert record["objective"] == ("cross-entropy", "cross-entropy + penalty + weight decay")[number]
+    rows = [follow(tiny_config(**strong, **more), tmp_path, **COARSE).iloc[0] for more in ({}, THEORY)]
+    state, clients, _ = federation(tiny_config(**strong))
+    point = state.weights.clone()
+    point[: len(state.mask)] *= state.mask
+    everyone = [index for shard in clients.train for index in shard.tolist()]
+
+    def loss(model, **regulariser):
+        indices = clients.train[0].new_tensor(everyone)
+        return float(Objective(model, state.buffers, clients.data, **regulariser).loss_and_gradient(point, indices)[0])
+
+    for row, regulariser in zip(rows, ({}, {"weight_decay": 0.1}), strict=True):  # the first round has no penalty
+        expected = clients.workers.submit(partial(loss, **regulariser)).result()
+        assert row["loss"] == pytest.approx(expected, rel=1e-6)
+    assert rows[1]["loss"] > rows[0]["loss"]
+
+
+def test_what_is_recorded_is_not_computed_again(tmp_path, monkeypatch):
+    config = tiny_config(**SHORT)
+    first = follow(config, tmp_path, **COARSE)
+    assert list(first) == list(COLUMNS)
+    assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
+    monkeypatch.setattr(followed, "prepare", None)  # whoever computes, fails
+    assert follow(config, tmp_path, **COARSE).equals(first)
+
+
+def test_an_interrupted_run_goes_on_from_its_last_estimates_to_the_same_bits(tmp_path, monkeypatch, remembering):
+    config = tiny_config(**{**SHORT, "mask_interval": None, "method": remembering})  # with memory on both sides
+    whole = follow(config, tmp_path / "whole", **COARSE)
+    done = []
+
+    def failing(state, *arguments, **named):
+        if state.round == 4 and 4 not in done:
+            done.append(4)
+            raise KeyboardInterrupt
+        done.append(state.round)
+        return estimate(state, *arguments, **named)
+
+    monkeypatch.setattr(bound_runs, "estimate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        follow(config, tmp_path / "parts", **COARSE)
+    assert names(tmp_path / "parts") == [f"{config.run_id}.checkpoint"]
+    resumed = follow(config, tmp_path / "parts", **COARSE)
+    assert done == [0, 2, 4, 4, 5]
+    assert resumed.drop(columns="seconds").equals(whole.drop(columns="seconds"))
+    assert names(tmp_path / "parts") == names(tmp_path / "whole")
+
+
+def test_no_column_has_the_name_of_a_setting_that_is_read_beside_it():
+    assert set(COLUMNS) & FIELDS == {"lr"}  # which `load_results` calls initial_lr
+
+
+def test_local_steps_are_the_most_that_a_client_makes(tmp_path, federation):
+    config = tiny_config(**{**SHORT, "rounds": 1, "partition": "dirichlet", "alpha": 0.3, "local_epochs": 3})
+    _, clients, _ = federation(config)
+    largest = max(len(shard) for shard in clients.train)
+    assert set(follow(config, tmp_path, **COARSE)["local_steps"]) == {3 * math.ceil(largest / 32)}
+
+
+def test_bad_data_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="clients: 1438"):
+        follow(tiny_config(clients=1438), tmp_path / "results", **COARSE)
+    assert not (tmp_path / "results").exists()
+
+
+# ---- the queues and the tool
+
+
+@pytest.mark.parametrize("name", ["quick", "lite", "paper"])
+def test_queues_of_this_repository_are_valid(name):
+    assert len(load_profile(ROOT / "params" / "bound" / f"{name}.yaml")) > 1
+
+
+def test_smoothness_in_the_queue_is_what_was_recorded():
+    """The theorem's learning rate rests on an estimate: that of the same run with the experiments' learning rate."""
+    found = load_results(ROOT / "results" / "bound" / "lite")
+    for config in load_profile(ROOT / "params" / "bound" / "lite.yaml"):
+        if config.lr_schedule == "theory":
+            twin = replace(config, lr_schedule="exponential", smoothness=None)
+            path = found[found["run_id"] == twin.run_id] if len(found) else found
+            if len(path):
+                largest = path[["sharpness", "secant"]].max(axis=None)
+                assert config.smoothness == float(f"{largest:.2g}"), f"{config.run_id}: {largest}"
+
+
+def tool():
+    spec = importlib.util.spec_from_file_location("follow", ROOT / "tools" / "follow.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool_follows_its_queue_and_names_what_is_wrong(tmp_path, capsys, monkeypatch):
+    for name in bound_runs.SETTINGS:
+        monkeypatch.setitem(bound_runs.SETTINGS, name, COARSE[name])
+    queue = tmp_path / "tiny.yaml"
+    queue.write_text(f"defaults: {json.dumps({**TINY, **SHORT, 'rounds': 2})}\nqueue:\n  - {{seed: [0, 1]}}\n")
+    arguments = [str(queue), f"--results={tmp_path / 'results'}", "--quiet"]
+    assert tool().main([*arguments, "--workers=1"]) == 0
+    out, err = read_outputs(capsys)
+    assert [line.split()[1].rstrip(":") for line in out] == [config.run_id for config in load_profile(queue)]
+    assert (err, len(load_results(tmp_path / "results"))) == ([], 6)
+    _, record = read_run(tmp_path / "results", load_profile(queue)[0].run_id)
+    assert record["estimates"] == {name: COARSE[name] for name in bound_runs.SETTINGS}
+    assert tool().main([str(tmp_path / "none.yaml")]) == 2
+    assert tool().main([*arguments, "--workers=-1"]) == 2
+    out, err = read_outputs(capsys)
+    assert out == [] and "none.yaml" in err[0] and "workers: -1" in err[1] and len(err) == 2
+
+
+# ---- terms and words, on a record by hand
+
+
+def record(gamma=(3.0, 2.0, math.inf), distance=(9.0, 1.0, 2.0, 4.0, 8.0), **changes) -> pd.DataFrame:
+    """T = 4, checkpoints at 0, 2, 4: L = 5 (at the second), mu = 2, f from 2 to 0.5."""
+    at = {"loss": (2.0, 0.5, 1.0), "gradient_square": (6.0, 2.0, 1.0), "sharpness": (4.0, 3.0, 1.0)}
+    at |= {"secant": (1.0, 5.0, math.nan), "lipschitz": (2.0, 1.0, 1.0), "pruning_lipschitz": (0.5, 1.0, 2.0)}
+    at |= {"variance": (0.6, 0.5, 0.1), "second_moment": (9.0, 8.0, 7.0), "second_moment_99": (8.0, 7.0, 6.0)}
+    at |= {"dispersion": gamma, "raw_dispersion": (3.0, 2.0, 2.0), "accuracy": (0.1, 0.5, 0.9)}
+    rows = pd.DataFrame({"round": range(5), "pruning_distance": distance, "sparsity": [0.5, 0.6, 0.7, 0.8, 0.9]})
+    for name, values in at.items():
+        rows[name] = [values[0], math.nan, values[1], math.nan, values[2]]
+    config = asdict(tiny_config(**{**SHORT, "rounds": 4, **changes}).resolved())
+    config["initial_lr"], config["method_options"] = config.pop("lr"), json.dumps(config["method_options"])
+    facts = {"pruning_error": 0.1, "local_steps": 10, "up_bytes": 0, "down_bytes": 0, "lr": config["initial_lr"]}
+    rows = rows.assign(**facts, **config)
+    return describe(rows.assign(run_id=tiny_config(**{**SHORT, "rounds": 4, **changes}).run_id))
+
+
+def test_gamma_is_the_largest_or_the_median_of_the_finite_estimates_and_never_below_one():
+    assert (gamma_of(record(), False), gamma_of(record(), True)) == (3.0, 2.5)
+    assert gamma_of(record(gamma=(0.9, 0.8, 0.7)), True) == 1.0
+
+
+@pytest.mark.parametrize("printed", [False, True])
+@pytest.mark.parametrize("typical", [False, True])
+def test_the_bound_of_a_record_is_that_of_its_estimates_without_the_first_pruning(printed, typical):
+    run = record()
+    path = bound_runs.Estimates
+    rows = [path(**row) for row in run.iloc[[0, 2, 4]][list(ESTIMATES)].to_dict("records")]
+    gamma = 2.5 if typical else 3.0
+    expected = assemble(rows, [1.0, 2.0, 4.0, 8.0], participants=2, steps=10, gamma=gamma, printed=printed)
+    assert bound_of(run, typical=typical, printed=printed) == expected
+    assert list(removed_so_far(run)) == [0, 1, 3, 7, 15]
+
+
+def test_the_theorems_smoothness_is_that_of_its_learning_rate():
+    run, slower = record(), record(**THEORY)  # 1/(40 t), where L = 5 was found
+    for name, factor in {"initial": 8, "pruning": 8, "noise": 1, "drift": 1, "left": 1}.items():
+        assert getattr(bound_of(slower), name) == pytest.approx(factor * getattr(bound_of(run), name))
+    assert "| 5 (40 in the rate) |" in estimates_table(slower)
+
+
+def test_pruning_overtakes_drift_where_its_sum_passes_it():
+    run = record(gamma=(1.0 + 1e-3, 1.0, 1.0))
+    drift = math.pi**2 / 6 * 1e-3 * 1.001 * 10**2 * 9
+    passed = next(t for t, removed in enumerate(removed_so_far(run)) if 2 * 5 * 2 * removed > drift)
+    assert overtaking(run, typical=False)["round"] == passed == 1
+    assert overtaking(run, typical=True)["round"] == 1  # gamma = 1: no drift at all
+    assert overtaking(record(), typical=False) is None
+    late = record(gamma=(1.1, 1.1, 1.1))  # drift 162.8; pruning 20 times 1, 3, 7, 15
+    assert overtaking(late, typical=False)[["round", "sparsity"]].tolist() == [4, 0.9]
+
+
+def test_reading_says_which_term_dominates_and_from_which_sparsity_on():
+    runs = pd.concat([record(), record(gamma=(1.1, 1.1, 1.1), partition="pathological", **THEORY)])
+    second, first, _, last = reading(runs).splitlines()
+    assert first.startswith("- **FedDIP (mask_interval = 2): IID, experiments' setting**") and "stays below" in first
+    assert "2 classes per client, theorem's setting" in second
+    assert second.count("pruning exceeds drift from round 2 on, at sparsity 0.700") == 2
+    assert "The largest term of 2 runs: with the largest γ pruning in 1, drift in 1" in last
+
+
+def test_reading_says_how_far_the_theorems_learning_rate_goes_where_both_settings_were_run():
+    runs = pd.concat([record(lr=0.2), record(lr=0.05, **THEORY), record(partition="pathological", lr=0.2)])
+    (line,) = (line for line in reading(runs).splitlines() if "learning rates sum" in line)
+    assert line.startswith("IID: the theorem's learning rates sum to 0.25 of the experiments'.")
+    assert "L on its path is 5, where the rate assumes 40" in line
+
+
+def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
+    runs = pd.concat([record(), record(seed=1)])
+    (row, _) = summary(runs).to_dict("records")
+    assert (row["sharpness"], row["lipschitz"], row["second_moment"], row["removed"]) == (5, 2, 9, 15)
+    assert (row["hidden"], row["checkpoints"], row["overcharged"]) == (1, 3, 2)
+    assert {name: row[name] for name in ("left", *TERMS)} == asdict(bound_of(record()))
+    table = estimates_table(runs).splitlines()
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    assert "| 5 | 2 | 0.6 | 9 | 2.5 | 3 | 1 of 3 | 15 | 3 | 0.9000 |" in table[2]
+
+
+def test_what_pruning_removes_is_listed_by_preset_and_interval():
+    runs = pd.concat([record(mask_interval=20, distance=(9, 1, 1, 1, 1)), record(), record(preset="repo")])
+    assert removed_list(runs).splitlines() == [
+        "- IID, `paper`: Σ√δ‖w‖ [W] is R = 2: 15, R = 20: 4",
+        "- IID, `repo`: Σ√δ‖w‖ [W] is R = 2: 15",
+    ]
+    assert removed_list(runs.iloc[:0]) == ""
+
+
+# ---- figures
+
+
+def three() -> pd.DataFrame:
+    """Two partitions in the experiments' setting, one of them in the theorem's, in no order."""
+    return pd.concat([record(**THEORY), record(partition="pathological"), record()])
+
+
+def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
+    panel = bound_figures.terms(three(), "Tiny").axes[-1]
+    lines = {line.get_label(): line for line in panel.lines}
+    run = record(partition="pathological")
+    assert panel.get_title("left") == "2 classes per client, experiments' setting"
+    assert list(lines["left side: running mean"].get_ydata()) == pytest.approx([6, 4, 3])
+    drawn = lines["pruning"].get_ydata()
+    assert list(drawn[1:]) == pytest.approx([bound_of(run).pruning * part / 15 for part in (1, 3, 7, 15)])
+    assert set(lines["drift"].get_ydata()) == {bound_of(run).drift}
+    assert lines["noise, as printed"].get_ydata()[0] == bound_of(run, printed=True).noise
+    assert lines[r"drift, median $\gamma$"].get_ydata()[0] == bound_of(run, typical=True).drift
+
+
+def test_a_partition_without_a_run_in_a_setting_leaves_its_panel_empty():
+    panels = bound_figures.terms(three(), "Tiny").axes
+    assert [len(panel.lines) > 0 for panel in panels] == [True, False, True, True]
+    assert [panel.axison for panel in panels] == [True, False, True, True]
+
+
+def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
+    figure = bound_figures.path(three(), "Tiny")
+    texts = [text.get_text() for text in figure.axes[3].get_legend().get_texts()]
+    assert texts == ["IID: median 2.5, hidden at 1 of 3", "2 classes per client: median 2.5, hidden at 1 of 3"]
+    assert [len(line.get_xdata()) for line in figure.axes[3].lines[::2]] == [2, 2]
+    assert list(figure.axes[5].lines[0].get_ydata()) == [9, 1, 2, 4, 8]
+
+
+def test_shares_add_up_to_the_whole_in_both_forms():
+    figure = bound_figures.shares(three(), "Tiny")
+    for panel in figure.axes:
+        widths = np.array([[bar.get_width() for bar in bars] for bars in panel.containers])
+        assert widths.shape == (len(TERMS), 6)
+        np.testing.assert_allclose(widths.sum(0), 100)
+    labels = [text.get_text().rpartition(",")[0] for text in figure.axes[0].get_yticklabels()]
+    assert labels[::2] == [
+        "IID, theorem's setting",
+        "IID, experiments' setting",
+        "2 classes per client, experiments' setting",
+    ]
+
+
+def test_pruning_term_has_a_line_per_preset_over_the_intervals_that_were_run():
+    runs = [record(mask_interval=r, preset=preset) for r in (1, 20) for preset in ("paper", "memory")]
+    figure = bound_figures.pruning_term(pd.concat([*runs, record(mask_interval=5)]), "Tiny")
+    removed = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert removed == {"paper": [0, 1, 2], "memory": [0, 2]}
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["1", "5", "20"]
+    assert set(figure.axes[1].lines[0].get_ydata()) == {bound_of(record()).pruning}
+
+
+@pytest.mark.parametrize("draw", [bound_figures.terms, bound_figures.path, bound_figures.shares])
+def test_figures_say_data_and_rounds_and_are_saved_to_the_same_bytes(draw, tmp_path):
+    figure, again = draw(three(), "Tiny"), draw(three(), "Tiny")
+    assert "digits, LeNet-5, T = 4 rounds" in figure.get_suptitle()
+    assert "theory" not in figure.get_suptitle()
+    paths = save_figure(figure, "bound", tmp_path / "a"), save_figure(again, "bound", tmp_path / "b")
+    saved = [[path.read_bytes() for path in each] for each in paths]
+    assert saved[0] == saved[1]

@@ -1,0 +1,197 @@
+"""Laws of the cost report: shares and formulas by hand, sentences that follow from the rows, figures that show them."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import FAST, tiny_config
+
+from feddip_lite.core.flat import Layout
+from feddip_lite.core.schedules import sparsity_at
+from feddip_lite.records.store import ROOT
+from feddip_lite.report.style import save_figure
+from feddip_lite.studies.cost import figures as cost_figures
+from feddip_lite.studies.cost.count import flops, training_flops
+from feddip_lite.studies.cost.measure import BOTH, CSR, DENSE, SHRUNK, untrained
+from feddip_lite.studies.cost.tables import (
+    bytes_table,
+    circumstances,
+    clients_table,
+    cost_section,
+    crossings,
+    flops_table,
+    judged_clients,
+    models_table,
+    published_bytes,
+    read_cost,
+    reading,
+    source,
+)
+from feddip_lite.train.run import train
+
+TWO = {**FAST, "rounds": 2}
+
+
+pytestmark = pytest.mark.usefixtures("agg")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """FedAvg, FedDIP and FedDIP with masked uploads, described."""
+    queue = [tiny_config(method="fedavg", **TWO), tiny_config(**TWO)]
+    queue += [tiny_config(method_options={"upload": "masked"}, **TWO)]
+    return train(queue, tmp_path_factory.mktemp("results"))
+
+
+def cells(text, start):
+    (row,) = (row for row in text.splitlines() if row.startswith(f"| {start} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_bytes_are_those_of_the_runs_and_shares_are_of_fedavgs(runs):
+    table, sums = bytes_table(runs), runs.groupby("label")[["up_bytes", "down_bytes"]].sum()
+    for label in ("FedAvg", "FedDIP", "FedDIP (upload = masked)"):
+        (up, down), (dense_up, dense_down) = sums.loc[label], sums.loc["FedAvg"]
+        shown = cells(table, label)
+        assert shown[1:4] == [f"{up / 4096:.1f}", f"{down / 4096:.1f}", f"{(up + down) / 2**20:.1f}"]
+        shares = (up / dense_up, down / dense_down, (up + down) / (dense_up + dense_down))
+        assert shown[4:7] == [f"{share:.3f}" for share in shares]
+
+
+def test_the_published_formula_is_dense_up_and_at_the_target_down_and_only_where_it_applies(runs):
+    size = Layout.of(untrained("digits", "lenet5", 0.3)).size
+    by_label = {label: published_bytes(own) for label, own in runs.groupby("label")}
+    assert (by_label["FedAvg"] == 2 * 4 * size).all(axis=None)
+    assert (by_label["FedDIP"]["up_bytes"] == 2 * 4 * size).all()
+    down = [2 * 4 * size * (1 - sparsity_at(t, 0.5, 0.9, 2)) for t in (0, 1)]
+    assert by_label["FedDIP"]["down_bytes"].tolist() == down
+    total = 4 * 4 * size + sum(down)
+    assert cells(bytes_table(runs), "FedDIP")[-1] == f"{total / 2**20:.1f}, {total / (8 * 4 * size):.3f}"
+    assert cells(bytes_table(runs), "FedDIP (upload = masked)")[-1] == "-"
+
+
+def test_flops_of_a_round_part_by_part():
+    config, layout = tiny_config(), Layout.of(untrained("digits", "lenet5", 0.3), image_shape=(1, 28, 28))
+    mask = torch.arange(layout.prunable) % 4 == 0
+    table = flops_table(layout, 100, config, mask)
+    dense, sparse = sum(flops(layout).values()), sum(flops(layout, mask).values())
+    assert cells(table, "weight gradient")[3].endswith("(1.00)")
+    assert cells(table, "forward")[2] == f"{100 * sparse / 1e9:.3f} ({sparse / dense:.2f})"
+    assert cells(table, "total")[1] == f"{training_flops(layout, config, 100)['total'] / 1e9:.3f} (1.00)"
+
+
+def clients(ratio=2.0, model="LeNet-5", turns=3):
+    parts = dict.fromkeys(("weights", "gradient", "mask", "buffers", "activations", "total"), 2**20)
+    return pd.DataFrame(
+        {"split": model, "label": label, "seed": turn, "seconds": times * (1 + turn), "peak_mib": 40.0, **parts}
+        for label, times in (("FedAvg", 1.0), ("FedDIP", ratio))
+        for turn in range(turns)
+    )
+
+
+def times(fast=0.9, model="LeNet-5", batch=1):
+    """Dense takes 1 ms; CSR 2 ms, and half a millisecond from the sparsity `fast` on."""
+    values = [
+        (s, form, 1.0 if form == DENSE else 0.5 if s >= fast else 2.0) for s in (0.5, 0.9) for form in (DENSE, CSR)
+    ]
+    return pd.DataFrame(
+        {"model": model, "batch": batch, "sparsity": s, "form": form, "lower": t, "median": t, "upper": t * 1.1}
+        for s, form, t in values
+    )
+
+
+def models():
+    row = {"weights": 1000, "prunable": 900, "kept": 90, "file": 1024, "dense_file": 4096, "message": 512}
+    row |= {"dense_message": 4096, "flops": 1, "dense_flops": 4, "left": float("nan"), "target": 0.9}
+    row |= {"training_dense": 10, "training_feedback": 6, "training_masked": 3, "sparsity": 0.9}
+    return pd.DataFrame([{"model": "LeNet-5", **row}, {"model": "LeNet-5", **row, "target": 0.5, "sparsity": 0.5}])
+
+
+def record(rehearsal=False, load=0.1):
+    facts = {"device": "cpu", "cpus": 2, "torch": "2", "load": {"before": load, "after": 0.0}, "rehearsal": rehearsal}
+    frames = {"clients": clients(), "layers": times().assign(layer="4 to 3"), "models": models(), "times": times()}
+    return {"settings": {"repeats": 9, "client_turns": 3}, "provenance": facts, **frames}
+
+
+def test_ratios_of_clients_are_taken_turn_by_turn():
+    row = cells(clients_table(clients()), "LeNet-5 | FedDIP")
+    assert row[2:6] == ["4", "2.000 ± 0.000 (n=3)", "40", "1.000 ± 0.000 (n=3)"]
+    assert cells(clients_table(clients()), "LeNet-5 | FedAvg")[3] == "1"
+
+
+def test_shares_of_sizes_are_of_the_dense_model_and_unknown_ones_are_left_out():
+    (row,) = [line for line in models_table(models()).splitlines() if "| 0.900 |" in line]
+    assert row == "| LeNet-5 | 0.900 | 1.0 (0.250) | 0.5 (0.125) | 0.250 | 0.600 | 0.300 | - |"
+
+
+def test_a_sentence_says_where_sparsity_buys_no_time_and_only_there():
+    gains, none = times(), times(fast=1.0, model="ResNet-18", batch=128)
+    assert "LeNet-5**, the whole model, 1 image at a time: faster from sparsity 0.9 on; at 0.9 CSR" in crossings(gains)
+    assert "takes 0.50 of the dense time" in crossings(gains)
+    text = reading(clients(), pd.concat([gains, none]))
+    assert "buys no time on this machine for ResNet-18 with 128 images at a time." in text
+    assert "FedDIP takes 2.000 ± 0.000 (n=3) times FedAvg's time" in text
+    assert "buys no time" not in reading(clients(), gains)
+    assert crossings(gains.assign(layer="4 to 3")).startswith("- **LeNet-5**, its linear layer 4 to 3,")
+
+
+def test_rehearsals_and_busy_machines_are_named():
+    assert "not to be quoted" not in circumstances(record()).lower()
+    assert circumstances(record(rehearsal=True)).startswith("**A rehearsal")
+    assert circumstances(record(load=2.5)).startswith("**The machine was busy")
+    assert source(record()).startswith("Recorded: cpu") and source(record(rehearsal=True)).startswith("NOT TO BE")
+
+
+def test_a_record_comes_back_as_frames_and_a_rehearsal_judges_no_claim(tmp_path):
+    assert read_cost(tmp_path) is None and cost_section(tmp_path) == "No recorded runs yet."
+    for rehearsal, rows in ((False, 6), (True, 0)):
+        parts = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in record(rehearsal).items()}
+        (tmp_path / "cost_cpu.json").write_text(json.dumps(parts))
+        pd.testing.assert_frame_equal(read_cost(tmp_path)["times"], times())
+        assert len(judged_clients(tmp_path)) == rows
+        assert cost_section(tmp_path).endswith(circumstances(record(rehearsal)))
+        assert ("takes 2.000" in cost_section(tmp_path)) is not rehearsal
+
+
+def test_the_recorded_measurements_are_whole():
+    found = read_cost(ROOT / "benchmarks")
+    names = {"LeNet-5", "AlexNet (0.25)", "ResNet-18 (0.25)"}
+    for frame in ("clients", "layers", "models", "times"):
+        assert set(found[frame]["split" if frame == "clients" else "model"]) >= names
+    sparsities, batches = found["settings"]["sparsities"], found["settings"]["batches"]
+    assert len(found["layers"]) == len(names) * len(sparsities) * len(batches) * 2
+    assert set(found["models"]["target"]) >= set(sparsities) and set(found["times"]["batch"]) == set(batches)
+
+
+def test_a_latency_figure_marks_the_crossing_and_only_forms_that_were_timed():
+    rows = pd.concat([times(), times(fast=1.0, batch=128)])
+    won, lost = cost_figures.latency(rows, "Tiny").axes
+    assert [line.get_label() for line in won.lines[:2]] == [DENSE, CSR] and len(won.lines) == 3 and len(lost.lines) == 2
+    assert won.lines[2].get_xdata() == [1, 1]  # the second of the sparsities
+    assert lost.lines[1].get_ydata().tolist() == [2.0, 2.0]
+
+
+def test_sizes_are_drawn_in_kib_over_the_target():
+    (panel,) = cost_figures.file_sizes(models(), "Tiny").axes
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
+    assert drawn["file: values and indices"] == [1.0, 1.0] and drawn["dense file"] == [4.0, 4.0]
+    assert drawn["published formula 4n(1 - s)"] == pytest.approx([4 * 0.5 / 1.024, 4 * 0.1 / 1.024])
+
+
+def test_bars_end_at_the_bytes_of_the_run_and_figures_are_stable(runs, tmp_path):
+    figure = cost_figures.bytes_by_method(runs, "Tiny")
+    totals = runs.groupby("label")[["up_bytes", "down_bytes"]].sum().sum(axis=1) / 2**20
+    bars = figure.axes[2].patches
+    ends = [up.get_x() + up.get_width() for up in bars[1::2]]
+    assert ends == pytest.approx(totals[[text.get_text() for text in figure.axes[2].get_yticklabels()]].tolist())
+    for folder in ("a", "b"):
+        save_figure(cost_figures.bytes_by_method(runs, "Tiny"), "bytes", tmp_path / folder)
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in ("bytes.png", "bytes.svg")
+    )
+
+
+def test_every_form_has_a_colour():
+    assert set(cost_figures.FORM_COLOURS) == {DENSE, CSR, SHRUNK, BOTH}
+    assert len(set(cost_figures.FORM_COLOURS.values())) == 4

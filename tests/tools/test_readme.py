@@ -1,0 +1,83 @@
+"""What the README and the docs say is run, followed and compared."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from feddip_lite.__main__ import parser
+from feddip_lite.methods import METHODS
+from feddip_lite.report.documents import generated_parts, markers
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [
+    "README.md",
+    "docs/design.md",
+    "docs/reliability.md",
+    "docs/deviations.md",
+    "docs/claims.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_there_are_snippets_and_commands_to_check():
+    assert len(SNIPPETS) == 2
+    assert {"make reproduce", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(snippet, tmp_path):
+    command = [sys.executable, "-c", snippet]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+
+
+def test_the_own_method_takes_at_most_thirty_lines():
+    assert len(SNIPPETS[1].strip().splitlines()) <= 30
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python")])
+def test_command_line_is_understood(command):
+    parser().parse_args(shlex.split(command)[3:])
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make")])
+def test_make_target_exists(command):
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith(("http", "#")):
+            name, _, anchor = target.partition("#")
+            assert (path.parent / name).exists(), target
+            headings = re.findall(r"^#+ (.*)$", (path.parent / name).read_text(), re.MULTILINE) if anchor else []
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, target
+
+
+def test_every_method_is_in_the_table():
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHODS)
+
+
+@pytest.mark.parametrize(("place", "text"), generated_parts(ROOT).items(), ids=lambda value: "-".join(value)[:30])
+def test_generated_parts_say_what_is_recorded(place, text):
+    """Numbers in README and docs are generated: notebook 12 was run after the last recorded run."""
+    (file, name), content = place, (ROOT / place[0]).read_text()
+    begin, end = markers(name)
+    assert content.split(begin)[1].split(end)[0].strip() == text.strip(), file
