@@ -7,20 +7,16 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import fields
 
 from . import doctor
 from .config import Config
-from .core.errors import ClientFailure, Diverged, Held, OutOfTime, is_divergence
+from .core.errors import FAILED, ClientFailure, Diverged, Held, OutOfTime, guarded, is_divergence
 from .core.settings import refuse_unknown
 from .records.profiles import load_profile
 from .records.store import read_run
 from .train.run import execute, progress_bar, run
 
-FAILED = 1
-BAD_INPUT = 2
-INTERRUPTED = 130
 TERMINATED = 143
 
 
@@ -80,21 +76,6 @@ def main(arguments: list[str] | None = None) -> int:
     if line:
         print(f"python -m feddip_lite: {line}", file=sys.stderr)
     return status
-
-
-def guarded(work: Callable[[], int]) -> tuple[int, str]:
-    """(exit status, one line that says what failed, or nothing): `work()`, or what its exception means."""
-    try:
-        return work(), ""
-    except (ClientFailure, Diverged) as error:
-        status, message = FAILED, error
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        status, message = BAD_INPUT, error
-    except OSError as error:
-        status, message = FAILED, error
-    except KeyboardInterrupt:
-        status, message = INTERRUPTED, "interrupted; the same command goes on from the last checkpoint"
-    return status, " ".join(str(message).split())
 
 
 def _command(arguments: list[str] | None) -> int:

@@ -1,6 +1,12 @@
-"""What a run raises beside ValueError and OSError; each has a policy of its own."""
+"""What a run raises beside ValueError and OSError, and the exit status that each stands for."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 class Diverged(ValueError):
@@ -22,3 +28,18 @@ class Held(Exception):
 def is_divergence(error: BaseException | None) -> bool:
     """Whether `error`, or what caused it, is that a loss, a reply or a weight became NaN or infinite."""
     return error is not None and (isinstance(error, Diverged) or is_divergence(error.__cause__))
+
+
+def guarded(work: Callable[[], int]) -> tuple[int, str]:
+    """(exit status, one line that says what failed, or nothing): `work()`, or what its exception means."""
+    try:
+        return work(), ""
+    except (ClientFailure, Diverged) as error:
+        status, message = FAILED, error
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        status, message = BAD_INPUT, error
+    except OSError as error:
+        status, message = FAILED, error
+    except KeyboardInterrupt:
+        status, message = INTERRUPTED, "interrupted; the same command goes on from the last checkpoint"
+    return status, " ".join(str(message).split())

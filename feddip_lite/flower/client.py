@@ -21,7 +21,7 @@ import numpy as np
 from flwr.app import Context, RecordDict
 from flwr.app import Message as Envelope
 
-from .. import __version__
+from .._version import __version__
 from ..config import Config
 from ..core.flat import Layout, sha256_of
 from ..core.message import Message, decode, encode

@@ -16,7 +16,7 @@ from flwr.app import Message as Envelope
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from .. import __version__
+from .._version import __version__
 from ..config import Config
 from ..core.errors import ClientFailure, Diverged
 from ..core.flat import Layout

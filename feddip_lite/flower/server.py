@@ -17,8 +17,8 @@ from pathlib import Path
 import flwr
 from flwr.serverapp import Grid
 
-from ..__main__ import guarded
 from ..config import Config
+from ..core.errors import guarded
 from ..core.message import Message, encode
 from ..core.state import Memory
 from ..methods.registry import Method

@@ -27,11 +27,18 @@ from ..data.datasets import (
     partition_iid,
     partition_pathological,
 )
-from ..fast.choose import fastest_arithmetic
 from ..methods.base import Context, Method
 from ..methods.registry import METHODS, settings_of
 from .round import Clients
 from .workers import Workers, keep_freed_memory, num_workers
+
+try:
+    from ..fast.choose import fastest_arithmetic as arithmetic_of
+except ModuleNotFoundError:  # without the folder `fast` everything works, slower
+
+    def arithmetic_of(model: FlatModel, size: int, precision: str) -> Autograd:
+        """What computes the loss and gradient of `model`."""
+        return Autograd(model.module, model.gradient, precision)
 
 
 def deal(config: Config) -> tuple[Dataset, Split, np.ndarray]:
@@ -71,7 +78,7 @@ def prepare(
 
     def worker_model():
         model = FlatModel(build(), layout, device)
-        model.arithmetic = fastest_arithmetic(model, size, config.precision)
+        model.arithmetic = arithmetic_of(model, size, config.precision)
         return model
 
     def scratch(depth=None):  # lives for one job at most, too short to be worth a faster arithmetic

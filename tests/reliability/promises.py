@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # As pytest's `pythonpath` does, so that this file can be run by itself.
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
+sys.path += [str(path) for path in (Path(__file__).parents[1], *Path(__file__).parents[1].iterdir()) if path.is_dir()]
 
 import test_checkpoint
 import test_cli

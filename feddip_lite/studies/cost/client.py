@@ -22,10 +22,9 @@ from ...config import Config
 from ...core.flat import FlatModel, Layout
 from ...core.models import INPUT_SHAPES
 from ...data.datasets import fit_images, load_dataset, normalise
-from ...fast.choose import fastest_arithmetic
 from ...records.names import NAMES
 from ...train.client import local_update
-from ...train.setup import build_method, initial_state
+from ...train.setup import arithmetic_of, build_method, initial_state
 from ...train.workers import keep_freed_memory
 from .count import client_memory
 from .measure import model_name, untrained
@@ -73,7 +72,7 @@ def client(settings: Mapping, samples: int) -> dict[str, float]:
     before = _resident("VmRSS")
     module = untrained("digits", config.model, config.width)
     model = FlatModel(module, Layout.of(module))
-    model.arithmetic = fastest_arithmetic(model, images.shape[-1], config.precision)
+    model.arithmetic = arithmetic_of(model, images.shape[-1], config.precision)
     method = build_method(config, model.layout)
     plan = method.plan(method.offer(initial_state(method, model), ROUND, 0), {}, ROUND)
     times = []
