@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 from . import doctor
 from .config import Config
@@ -15,7 +16,9 @@ from .core.errors import FAILED, ClientFailure, Diverged, Held, OutOfTime, guard
 from .core.settings import refuse_unknown
 from .records.profiles import load_profile
 from .records.store import read_run
-from .train.run import execute, progress_bar, run
+from .train.observe import ProgressLine, progress_bar
+from .train.recording import Recording
+from .train.run import execute, run
 
 TERMINATED = 143
 
@@ -115,7 +118,14 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
             try:
                 if time.monotonic() > deadline and not is_there:
                     raise OutOfTime(f"{config.run_id}: not started")
-                history = execute(config, given.results, every, bar, deadline, wait=False)
+                history = execute(
+                    config,
+                    Recording(Path(given.results)),
+                    [ProgressLine(bar)],
+                    checkpoint_every=every,
+                    deadline=deadline,
+                    wait=False,
+                )
                 said = f"{config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}"
             except OutOfTime as stop:
                 left = len(configs) - number + 1

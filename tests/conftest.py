@@ -24,6 +24,7 @@ from feddip_lite.methods.base import Method
 from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.records.store import ROOT
 from feddip_lite.train.client import local_update
+from feddip_lite.train.recording import Recording
 from feddip_lite.train.round import run_round
 from feddip_lite.train.run import execute
 from feddip_lite.train.setup import prepare
@@ -164,7 +165,7 @@ def interrupted(config, folder, stops=None):
     count = 0
     while stops is None or count < stops:
         try:
-            return count, execute(config, folder, None, False, deadline=time.monotonic())
+            return count, execute(config, Recording(Path(folder)), deadline=time.monotonic())
         except OutOfTime:
             count += 1
     return count, None

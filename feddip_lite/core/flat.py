@@ -122,18 +122,28 @@ class Layout:
             return weights
         return torch.cat([weights.index_select(0, kept_indices(mask)), weights[self.prunable :]])
 
+    def check_packed(self, values: Tensor | None, mask: Tensor | None) -> int:
+        """How many weights `mask` (P,) keeps, if so many prunable `values` are here, or all n.
+
+        Raises:
+            ValueError: the number of values fits neither the mask nor a dense vector.
+        """
+        unprunable = self.size - self.prunable
+        kept = self.prunable if mask is None else len(kept_indices(mask))
+        count = 0 if values is None else values.numel()
+        if count not in (kept + unprunable, self.size):
+            raise ValueError(f"values: {count} of them; expected {kept + unprunable} or all {self.size}")
+        return kept
+
     def unpack(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """The inverse of `pack`: a new (n,) vector, 0 where pruned. n values are a dense vector, whatever the mask.
 
         Raises:
             ValueError: the number of values fits neither the mask nor a dense vector.
         """
+        kept = self.check_packed(values, mask)
         if values.shape == (self.size,):
             return values.clone()
-        unprunable = self.size - self.prunable
-        kept = self.prunable if mask is None else len(kept_indices(mask))
-        if values.shape != (kept + unprunable,):
-            raise ValueError(f"values: {values.numel()} of them; expected {kept + unprunable} or all {self.size}")
         weights = values.new_zeros(self.size)
         weights.index_copy_(0, kept_indices(mask), values[:kept])
         weights[self.prunable :] = values[kept:]

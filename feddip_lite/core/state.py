@@ -1,4 +1,4 @@
-"""`ServerState`: all that is carried from one round to the next."""
+"""`ServerState`: all that is carried from one round to the next, the clients' memories included."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ EMPTY: Memory = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server knows before round `round`.
+    """What is there before round `round`.
 
     Attributes:
         weights: (n,) float32, the dense w. The sparse global model is w * mask.
         buffers: BatchNorm running statistics (b,) float32.
         mask: (P,) bool, True = kept.
         memory: the method's own named tensors.
+        memories: the clients' own, by client id; of a client that is elsewhere, what tells which memory it holds.
     """
 
     round: int
@@ -30,3 +31,4 @@ class ServerState:
     buffers: Tensor
     mask: Tensor
     memory: Memory = field(default_factory=dict)
+    memories: Mapping[int, Memory] = field(default_factory=dict)

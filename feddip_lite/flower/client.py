@@ -70,10 +70,10 @@ def _trained(envelope: Envelope, context: Context) -> RecordDict:
     folder = memories_of(context) / config.run_id / str(client)
     memory = recall(folder, token, layout) if token else {}
     memory = {name: tensor.to(device) for name, tensor in memory.items()}
-    clients, limit = replace(clients, memories={client: memory}), config.client_timeout and 2 * config.client_timeout
+    limit = config.client_timeout and 2 * config.client_timeout
     with running(config):
         offer = received(payload, layout, device)
-        job = clients.workers.submit(train_client, method, offer, clients, config, t, client)
+        job = clients.workers.submit(train_client, method, offer, memory, clients, config, t, client)
         reply, memory, result = clients.workers.result(job, limit)
     check_client(reply, result, layout.prunable)
     said = {"client": client, "run": config.run_id, "round": t, "loss": float(result.loss), "received": len(payload)}

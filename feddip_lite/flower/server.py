@@ -20,9 +20,10 @@ from flwr.serverapp import Grid
 from ..config import Config
 from ..core.errors import guarded
 from ..core.message import Message, encode
-from ..core.state import Memory
-from ..methods.registry import Method
+from ..core.state import Memory, ServerState
+from ..methods.base import Method
 from ..records.store import atomic_write
+from ..train.recording import Recording
 from ..train.round import Clients
 from ..train.run import execute
 from .link import Link, token_of
@@ -32,12 +33,15 @@ CHECKPOINT = "flower.checkpoint"  # holds tokens in place of memories: of no use
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(Clients):
-    """Clients behind a `Link`. Their `memories` here are tokens: which memory a client holds, never what is in it."""
+    """Clients behind a `Link`. Their memories in the state are tokens: which one a client holds, not what is in it."""
 
     link: Link
 
-    def deliver(self, method: Method, offers: Mapping[int, Message], config: Config, t: int) -> dict[int, Future]:
-        return self.link.exchange({client: encode(offer) for client, offer in offers.items()}, self.memories, t)
+    def deliver(
+        self, method: Method, offers: Mapping[int, Message], state: ServerState, config: Config
+    ) -> dict[int, Future]:
+        sent = {client: encode(offer) for client, offer in offers.items()}
+        return self.link.exchange(sent, state.memories, state.round)
 
     def facts(self) -> dict:
         members = sorted(self.link.claims.values(), key=lambda member: member.client)
@@ -62,9 +66,8 @@ def serve(grid: Grid, settings: Mapping) -> None:
         config = Config.from_dict(json.loads(settings["config"]))
         timeouts = settings["join-timeout"], settings["reply-timeout"]
         every = settings["checkpoint-every"]
-        execute(
-            config, settings["results"], every, False, connect=partial(connected, grid, timeouts), suffix=CHECKPOINT
-        )
+        recording, connect = Recording(Path(settings["results"])), partial(connected, grid, timeouts)
+        execute(config, recording, checkpoint_every=every, connect=connect, suffix=CHECKPOINT)
         return 0
 
     status, line = guarded(work)

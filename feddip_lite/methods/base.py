@@ -1,4 +1,4 @@
-"""`Method`: six hooks with a plain default, masked SGD on a fixed mask and the weighted mean.
+"""`Method`: seven hooks with a plain default, masked SGD on a fixed mask and the weighted mean.
 
 A method is a frozen dataclass: its fields are its hyper-parameters, its hooks are pure functions. Fields that
 `Config` has too (target_sparsity, mask_interval, ...) get their value from there; the others are its
@@ -111,6 +111,16 @@ class Method:
         """(what goes up, what the client keeps). Default: the weights its mask keeps; the server knows that mask."""
         return message_of(result, self.layout.pack(result.weights, result.mask)), memory
 
+    def accept(self, state: ServerState, reply: Message, t: int) -> None:
+        """Refuse a reply to `state` that `merge` cannot use. Default: it needs weights, packed by the mask that came
+        with them, else by the server's, or all n; and as many BatchNorm statistics as the server has.
+
+        Raises:
+            ValueError: one line that names the part. The client is to blame, and `merge` never sees the reply.
+        """
+        self.layout.check_packed(reply.values, state.mask if reply.mask is None else reply.mask)
+        expect(reply, buffers=len(state.buffers))
+
     def merge(self, state: ServerState, replies: Replies, t: int) -> ServerState:
         """The state after round t, from `replies` by client id. Default: weighted means, same mask."""
         weights = self.mean_weights(state, replies)
@@ -125,6 +135,24 @@ class Method:
         ordered = (replies[client] for client in sorted(replies))
         vectors = (self.layout.unpack(r.values, state.mask if r.mask is None else r.mask) for r in ordered)
         return weighted_mean(vectors, replies)
+
+
+def expect(reply: Message, **counts: int) -> None:
+    """Refuse a reply that lacks one of these extras, or has another count of numbers in it; 0 = none is needed.
+
+    Raises:
+        ValueError: names the extra.
+    """
+    for name, count in counts.items():
+        there = len(reply.extras[name]) if name in reply.extras else 0
+        if there != count:
+            raise ValueError(f"the reply's {name}: {there} numbers; expected {count}")
+
+
+def expect_mask(reply: Message) -> None:
+    """Refuse a reply without a mask of its own. Raises ValueError."""
+    if reply.mask is None:
+        raise ValueError("the reply's mask: missing; expected the client's own")
 
 
 def message_of(result: LocalResult, values: Tensor | None) -> Message:

@@ -16,7 +16,7 @@ from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import numpy_generator, torch_generator
 from ..core.settings import integer, one_of, real, setting
 from ..core.state import Memory
-from .base import About, Method, Replies, message_of
+from .base import About, Method, Replies, expect, message_of
 
 PREFERRED = 0.6  # share of the clients that have the preferred complexity (published code: models_complexity.py)
 
@@ -141,12 +141,31 @@ class FedLP(Method):
         message = message_of(replace(result, buffers=buffers), values)
         return replace(message, extras={**message.extras, "dropped": dropped}) if dropped.any() else message
 
-    def part_of(self, message: Message) -> list[bool]:
-        """Which of `tensors` a message holds: all that were not dropped, or the part that has its number of values."""
+    def parts_of(self, message: Message) -> Sequence[Sequence[bool]]:
+        """Which of `tensors` a message may hold: all that were not dropped, or those that some complexity shares."""
         if "dropped" in message.extras:
-            return (~message.extras["dropped"]).tolist()
-        sizes = [sum(slot.stop - slot.start for slot in chosen(self.layout.slots, kept)) for kept in self.parts]
-        return self.parts[sizes.index(len(message.values))]
+            return [(~message.extras["dropped"]).tolist()]
+        return self.parts
+
+    def part_of(self, message: Message) -> Sequence[bool]:
+        """Which of `tensors` a message holds: the part that has its number of values."""
+        return next(kept for kept in self.parts_of(message) if self.sizes(kept)[0] == len(message.values))
+
+    def sizes(self, kept: Sequence[bool]) -> tuple[int, int]:
+        """The numbers of (values, statistics) in those of `tensors` that are `kept`."""
+        count = len(self.layout.slots)
+        own = chosen(self.layout.slots, kept[:count]), chosen(self.layout.buffer_slots, kept[count:])
+        return tuple(sum(slot.stop - slot.start for slot in slots) for slots in own)
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        if "dropped" in reply.extras:
+            expect(reply, dropped=len(self.tensors))
+        sizes = [self.sizes(kept) for kept in self.parts_of(reply)]
+        statistics = len(reply.extras["buffers"]) if "buffers" in reply.extras else 0
+        found = 0 if reply.values is None else len(reply.values), statistics
+        if found not in sizes:
+            shown = " or ".join(f"{values} and {buffers}" for values, buffers in sizes)
+            raise ValueError(f"values: {found[0]} of them, and {found[1]} buffers; expected {shown}")
 
     def merge(self, state, replies: Replies, t: int):
         ordered = [(replies[client], self.part_of(replies[client])) for client in sorted(replies)]

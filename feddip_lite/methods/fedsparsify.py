@@ -13,7 +13,7 @@ from ..core.schedules import sparsity_at
 from ..core.settings import integer, setting
 from ..core.sparsity import nested_mask, num_kept
 from ..core.state import Memory
-from .base import About, Method, Replies
+from .base import About, Method, Replies, expect_mask
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ class FedSparsifyLocal(FedSparsifyGlobal):
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
         reply, memory = super().reply(result, memory, t)
         return replace(reply, mask=result.mask) if self.purges(t) else reply, memory
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        super().accept(state, reply, t)
+        if self.purges(t):
+            expect_mask(reply)
 
     def next_mask(self, mask: Tensor, mean: Tensor, replies: Replies, t: int) -> Tensor:
         votes = sum(reply.mask.int() for reply in replies.values())

@@ -15,7 +15,7 @@ from ..core.seeds import torch_generator
 from ..core.settings import integer, real, setting
 from ..core.sparsity import erk_densities, layerwise_mask, num_kept, topk_mask
 from ..core.state import Memory
-from .base import About, Method, Replies, account_of, samples_of, weighted_mean
+from .base import About, Method, Replies, account_of, expect, samples_of, weighted_mean
 from .feddst import replaceable, strength, without_smallest
 
 
@@ -136,6 +136,19 @@ class FedTiny(Method):
         else:
             found = {"losses": torch.stack([part.loss for part in result.parts])}
         return Message(None, None, account_of(result) | found)
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        if "candidates" in state.memory:
+            size = self.layout.buffer_size
+            wanted = {"statistics": self.candidates * size} if t == 0 and size else {"losses": self.candidates}
+            return expect(reply, **wanted)
+        super().accept(state, reply, t)
+        if self.share(t) and not state.mask.all():
+            count = sum(replaceable(self.layout, state.mask, self.share(t)))
+            expect(reply, indices=count, gradients=count)
+            indices = reply.extras["indices"]
+            if count and not 0 <= int(indices.min()) <= int(indices.max()) < self.layout.prunable:
+                raise ValueError(f"the reply's indices: expected integers in [0, {self.layout.prunable - 1}]")
 
     def merge(self, state, replies: Replies, t: int):
         ordered = {client: replies[client].extras for client in sorted(replies)}

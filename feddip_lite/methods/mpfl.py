@@ -12,7 +12,7 @@ from ..core.plan import LocalResult
 from ..core.settings import integer, setting
 from ..core.sparsity import nested_mask, num_kept, tie_broken
 from ..core.state import Memory
-from .base import About, Method, Replies, account_of
+from .base import About, Method, Replies, account_of, expect_mask
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class MPFL(Method):
         magnitudes = result.weights[: self.layout.prunable].abs()
         mask = torch.ones_like(magnitudes, dtype=torch.bool) if result.mask is None else result.mask
         return Message(None, self.vote(mask, magnitudes, t), account_of(result)), memory
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        if t >= self.exchanges:
+            return super().accept(state, reply, t)
+        expect_mask(reply)
 
     def merge(self, state, replies: Replies, t: int):
         if t >= self.exchanges:

@@ -14,7 +14,7 @@ from ..core.schedules import sparsity_at
 from ..core.settings import one_of, real, setting
 from ..core.sparsity import kept_per_layer, layerwise_mask, num_kept
 from ..core.state import Memory
-from .base import About, Method, Replies, mean_buffers, weighted_mean
+from .base import About, Method, Replies, expect, mean_buffers, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class PruneFL(Method):
         squares = result.squared_gradients / len(result.losses) if per_step else result.gradient.square()
         extras = {**reply.extras, "squared_gradients": squares[: self.layout.prunable]}
         return replace(reply, extras=extras), memory
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        super().accept(state, reply, t)
+        if self.chooses_mask(t):
+            expect(reply, squared_gradients=self.layout.prunable)
 
     def merge(self, state, replies: Replies, t: int):
         weights, mask = self.mean_weights(state, replies), state.mask

@@ -15,7 +15,7 @@ from ..core.schedules import sparsity_at
 from ..core.settings import flag, real, setting
 from ..core.sparsity import nested_mask, num_kept, tie_broken, topk_mask
 from ..core.state import Memory
-from .base import About, Method, Replies
+from .base import About, Method, Replies, expect_mask
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ class PruneTrain(Method):
         mask = self.magnitude_mask(result.weights, t)
         reply, memory = super().reply(replace(result, mask=mask), memory, t)
         return replace(reply, mask=mask), memory
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        super().accept(state, reply, t)
+        if not self.structured:
+            expect_mask(reply)
 
     def merge(self, state, replies: Replies, t: int):
         new = super().merge(state, replies, t)

@@ -13,7 +13,7 @@ from ..core.seeds import derive
 from ..core.settings import one_of, setting
 from ..core.sparsity import num_kept, topk_mask
 from ..core.state import Memory
-from .base import About, Method, Replies, account_of, weighted_mean
+from .base import About, Method, Replies, account_of, expect, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class SNIP(Method):
         scores = (result.weights * result.gradient)[: self.layout.prunable].abs()
         scores /= scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)
         return Message(None, None, {**account_of(result), "scores": scores}), memory
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        if t > 0:
+            return super().accept(state, reply, t)
+        expect(reply, scores=self.layout.prunable)
 
     def merge(self, state, replies: Replies, t: int):
         if t > 0:

@@ -1,7 +1,7 @@
 """How local models merge: do the clients of a round move the same way, and is their mean better than they are?
 
 FedSparsify's abstract says that models confined to fewer parameters are easier to align and to merge. It gives no
-measure; these two are ours. Read before: `followed.py`, `train/round.py`.
+measure; these two are ours. Read before: `trajectory.py`.
 """
 
 from __future__ import annotations
@@ -14,27 +14,53 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..core.state import ServerState
+from ..core.state import EMPTY
 from ..methods.base import samples_of, weighted_mean
-from ..methods.registry import Method
 from ..records.names import labels, splits
 from ..records.store import HEADLINE_ROWS
 from ..report import markdown
 from ..report.statistics import quantity
-from ..studies import followed
 from ..train.evaluate import evaluate_state
-from ..train.failures import collect
-from ..train.round import Clients, sample_cohort
+from ..train.observe import Run
+from ..train.round import RoundRecord
+from .trajectory import Trajectory, record_trajectory
 
 MEASURES = ("alignment", "members_accuracy", "merging_gain")
-"""Columns of a followed run, of the cohort's local models v_n = w_n * m_n with shares rho_n of its samples, after the
+"""Columns of a trajectory, of the cohort's local models v_n = w_n * m_n with shares rho_n of its samples, after the
 round to come; empty at the end, where none comes. `alignment` of v_n minus where client n started; `members_accuracy`,
 the mean of the v_n's; `merging_gain`, the accuracy of their mean minus it, both on the whole test set."""
 
 
-def follow(config: Config, folder: str | Path) -> pd.DataFrame:
-    """`followed.follow`, with local models for an observer: T + 1 rows, the columns MEASURES among them."""
-    return followed.follow(config, folder, _observe, MEASURES)
+class Merging(Trajectory):
+    """The local models of the rounds that begin with a state that is due."""
+
+    columns = MEASURES
+
+    def round_columns(self, run: Run, record: RoundRecord) -> dict[str, float]:
+        exchange, state, t = record.exchange, record.exchange.before, record.round
+        plans = [
+            run.method.plan(exchange.offers[client], state.memories.get(client, EMPTY), t)
+            for client in exchange.results
+        ]
+        trained = list(exchange.results.values())
+        starts, ends = (torch.stack([_sparse(each.weights, each.mask) for each in them]) for them in (plans, trained))
+        buffers = [result.buffers for result in trained]
+
+        def accuracy(weights: Tensor, buffers: Tensor) -> float:
+            model = replace(state, weights=weights, buffers=buffers, mask=torch.ones_like(state.mask))
+            return evaluate_state(model, run.clients)["accuracy"]
+
+        shares = torch.tensor(list(samples_of(exchange.replies).values())).double().to(ends.device)
+        shares /= shares.sum()
+        members = float(shares.cpu() @ torch.tensor([*map(accuracy, ends, buffers)], dtype=torch.float64))
+        merged = accuracy(weighted_mean(ends, exchange.replies), weighted_mean(buffers, exchange.replies))
+        aligned = alignment(ends.double() - starts.double(), shares)
+        return {"alignment": aligned, "members_accuracy": members, "merging_gain": merged - members}
+
+
+def record_merging(config: Config, folder: str | Path) -> pd.DataFrame:
+    """`record_trajectory` of a `Merging`: T + 1 rows, the columns MEASURES among them."""
+    return record_trajectory(config, folder, Merging())
 
 
 def alignment(moves: Tensor, shares: Tensor) -> float:
@@ -67,32 +93,6 @@ def table(runs: pd.DataFrame) -> str:
                 cells = [quantity(own[name]) for name in MEASURES[:2]] + [quantity(own[MEASURES[2]], sign="+")]
                 rows.append([label, split, *cells])
     return markdown.table(heads, rows)
-
-
-def _observe(state: ServerState, clients: Clients, method: Method, config: Config, due: bool) -> dict[str, float]:
-    t = state.round
-    if not due or t == config.rounds:
-        return {}
-    offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
-    jobs = clients.deliver(method, offers, config, t)
-    replies, _, _ = collect(jobs, clients.workers, state, config)
-    if not replies:  # the round itself says so
-        return {}
-    plans = [method.plan(offers[client], clients.memories.get(client, {}), t) for client in replies]
-    trained = [jobs[client].result()[2] for client in replies]
-    starts, ends = (torch.stack([_sparse(each.weights, each.mask) for each in them]) for them in (plans, trained))
-    buffers = [result.buffers for result in trained]
-
-    def accuracy(weights: Tensor, buffers: Tensor) -> float:
-        model = replace(state, weights=weights, buffers=buffers, mask=torch.ones_like(state.mask))
-        return evaluate_state(model, clients)["accuracy"]
-
-    shares = torch.tensor(list(samples_of(replies).values())).double().to(ends.device)
-    shares /= shares.sum()
-    members = float(shares.cpu() @ torch.tensor([*map(accuracy, ends, buffers)], dtype=torch.float64))
-    merged = accuracy(weighted_mean(ends, replies), weighted_mean(buffers, replies))
-    aligned = alignment(ends.double() - starts.double(), shares)
-    return {"alignment": aligned, "members_accuracy": members, "merging_gain": merged - members}
 
 
 def _sparse(weights: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,40 +6,46 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..config import UNHASHED, Config
-from ..core.state import Memory, ServerState
+from ..core.errors import OutOfTime
+from ..core.state import ServerState
 from ..records.store import atomic_write
+from .observe import Observer, Progress, Run
+from .round import RoundRecord
 
 MAGIC = b"feddip_lite checkpoint 2\n"
+CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
 
 
-@dataclass
-class Progress:
-    """A run in progress: server state, client memories, rows so far, what is not yet in a row (bytes, regrown weights),
-    skipped clients, and the training loss of the last round. `row_mask` is the mask of the last row, before the first
-    row the one that the run began with."""
+class Checkpoints(Observer):
+    """Saves the run from time to time, and stops it when its time is up.
 
-    state: ServerState
-    memories: Mapping[int, Memory] = field(default_factory=dict)
-    rows: list[dict] = field(default_factory=list)
-    row_mask: Tensor | None = None
-    up_bytes: int = 0
-    down_bytes: int = 0
-    regrown: int = 0
-    skipped: list[dict] = field(default_factory=list)
-    wall_seconds: float = 0.0
-    train_loss: float | None = None
+    Args:
+        path: the file. every: rounds between two; None = at most one every CHECKPOINT_SECONDS.
+        deadline: on the clock of `time.monotonic`. At least one round is done, so that repeated calls come to an end.
+    """
 
-    def __post_init__(self):
-        if self.row_mask is None:
-            self.row_mask = self.state.mask
+    def __init__(self, path: Path, every: int | None, deadline: float = math.inf):
+        self.path, self.every, self.deadline = path, every, deadline
+        self.saved = time.monotonic()
+
+    def round_done(self, run: Run, record: RoundRecord) -> None:
+        """Raises OutOfTime, after a checkpoint, past the deadline."""
+        now, done, rounds = time.monotonic(), run.state.round, run.config.rounds
+        due = done % self.every == 0 if self.every else now - self.saved > CHECKPOINT_SECONDS
+        if done == rounds or not (due or now > self.deadline):
+            return
+        save_checkpoint(self.path, run.progress, run.config)
+        self.saved = time.monotonic()
+        if now > self.deadline:
+            raise OutOfTime(f"{run.config.run_id}: out of time after {done} of {rounds} rounds")
 
 
 def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
@@ -49,7 +55,7 @@ def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
         "config": _identity(config),
         "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
         "memory": dict(state.memory),
-        "memories": {client: dict(memory) for client, memory in progress.memories.items()},
+        "memories": {client: dict(memory) for client, memory in state.memories.items()},
         "row_mask": progress.row_mask,
         "rest": json.dumps({name: getattr(progress, name) for name in _REST}),
     }
@@ -74,9 +80,8 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
     try:
         content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
         there, here = json.loads(content["config"]), json.loads(_identity(config))
-        state = ServerState(**content["state"], memory=content["memory"])
-        rest = json.loads(content["rest"])
-        progress = Progress(state, content["memories"], row_mask=content["row_mask"], **rest)
+        state = ServerState(**content["state"], memory=content["memory"], memories=content["memories"])
+        progress = Progress(state, row_mask=content["row_mask"], **json.loads(content["rest"]))
     except Exception as error:  # whole, but not ours; torch and pickle raise many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(f"{path}: not a checkpoint ({reason}); delete it to start the run again") from error
@@ -92,4 +97,4 @@ def _identity(config: Config) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-_REST = ("rows", "up_bytes", "down_bytes", "regrown", "skipped", "wall_seconds", "train_loss")
+_REST = ("rows", "up_bytes", "down_bytes", "regrown", "skipped", "wall_seconds", "train_loss", "observed")

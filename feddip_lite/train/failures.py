@@ -1,4 +1,4 @@
-"""Clients that fail: what is refused, who is to blame, and what `on_client_failure` makes of it.
+"""Clients that fail: what is refused, and what `on_client_failure` makes of it.
 
 Whatever goes wrong, the server's state is a value that nobody has touched: a round is merged whole or not at all.
 """
@@ -12,8 +12,8 @@ from ..config import Config
 from ..core.errors import ClientFailure, Diverged
 from ..core.message import Message
 from ..core.plan import LocalResult
-from ..core.state import ServerState
-from ..methods.registry import Method
+from ..core.state import Memory, ServerState
+from ..methods.base import Method
 from .workers import Job, Workers
 
 
@@ -40,78 +40,47 @@ def check_client(reply: Message, result: LocalResult, prunable: int) -> None:
         raise ValueError(f"the reply's samples: {claimed} is not valid; expected [{result.samples}]")
 
 
-def collect(futures: Mapping[int, Job], workers: Workers, state: ServerState, config: Config):
-    """Wait for all clients. Returns (replies, memories, skipped), each by client id in ascending order.
+def collect(
+    jobs: Mapping[int, Job], workers: Workers, method: Method, state: ServerState, config: Config
+) -> tuple[dict[int, Message], dict[int, Memory], dict[int, LocalResult], dict[int, str]]:
+    """Wait for all clients. Returns (replies, memories, results, skipped), each by client id in ascending order.
+
+    A reply is looked at as it comes, by `check_client` and by the method's own `accept`: what is here can be merged.
 
     Raises:
         ClientFailure: under "abort", of the first client that failed, when none is running any more; and if every one
-            diverged.
+            failed.
     """
-    replies, memories, skipped, errors = {}, {}, {}, []
+    replies, memories, results, skipped, errors = {}, {}, {}, {}, []
     # A client looks at the clock itself, between batches; only one that does not even do that is given up.
     limit = None if config.client_timeout is None else 2 * config.client_timeout
-    for client, future in futures.items():
+    for client, job in jobs.items():
         try:
-            reply, memory, result = workers.result(future, limit)
+            reply, memory, result = workers.result(job, limit)
             check_client(reply, result, len(state.mask))
+            method.accept(state, reply, state.round)
         except (Exception, SystemExit) as error:  # any failure of a client is the policy's to judge
+            reason = f"{type(error).__name__}: {error}"
             if config.on_client_failure == "abort":
-                for other in futures.values():
-                    other.cancel()
-                for other in futures.values():
-                    with suppress(Exception, SystemExit):
-                        workers.result(other, limit)
-            _judge(client, error, skipped, config, state.round)
+                _end(jobs, workers, limit)
+                raise ClientFailure(f"round {state.round}, client {client}: {reason}") from error
+            skipped[client] = reason
             errors.append(error)
         else:
-            replies[client] = reply
+            replies[client], results[client] = reply, result
             if memory:
                 memories[client] = memory
-    if not replies and all(isinstance(error, Diverged) for error in errors):
-        last = f"client {client}: {skipped[client]}"
-        raise ClientFailure(f"round {state.round}: every client failed; {last}") from errors[-1]
-    return replies, memories, skipped
-
-
-def _judge(client: int, error: BaseException, skipped: dict[int, str], config: Config, t: int) -> None:
-    """Note a client's failure under "skip", raise it under "abort"."""
-    reason = f"{type(error).__name__}: {error}"
-    if config.on_client_failure == "abort":
-        raise ClientFailure(f"round {t}, client {client}: {reason}") from error
-    skipped[client] = reason
-
-
-def merge(method: Method, state: ServerState, replies: dict[int, Message], skipped: dict[int, str], config: Config):
-    """(the merged state, the replies that are in it).
-
-    What a reply must look like only its method knows. So if the replies cannot be merged, those that cannot be merged
-    on their own either are their clients' failures, and the rest is merged without them.
-    """
-    t = state.round
     if not replies:
+        cause = errors[-1] if all(isinstance(error, Diverged) for error in errors) else None
         client, reason = next(reversed(skipped.items()))
-        raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}")
-    try:
-        return _merged(method, state, replies), replies
-    except Exception:
-        left = {}
-        for client, reply in replies.items():
-            try:
-                _merged(method, state, {client: reply})
-            except Exception as error:
-                _judge(client, error, skipped, config, t)
-            else:
-                left[client] = reply
-        if len(left) == len(replies):  # nobody's fault alone
-            raise
-    return merge(method, state, left, skipped, config)
+        raise ClientFailure(f"round {state.round}: every client failed; client {client}: {reason}") from cause
+    return replies, memories, results, skipped
 
 
-def _merged(method: Method, state: ServerState, replies: Mapping[int, Message]) -> ServerState:
-    new = method.merge(state, replies, state.round)
-    for name in ("weights", "buffers", "mask"):
-        before, after = getattr(state, name), getattr(new, name)
-        if (after.shape, after.dtype) != (before.shape, before.dtype):
-            kinds = [f"{part.dtype} {tuple(part.shape)}" for part in (before, after)]
-            raise ValueError(f"the reply would make the {name} {kinds[1]}; they are {kinds[0]}")
-    return new
+def _end(jobs: Mapping[int, Job], workers: Workers, limit: float | None) -> None:
+    """Drop the jobs that have not begun, and wait for the others."""
+    for job in jobs.values():
+        job.cancel()
+    for job in jobs.values():
+        with suppress(Exception, SystemExit):
+            workers.result(job, limit)

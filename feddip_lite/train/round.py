@@ -1,16 +1,16 @@
 """The federation: `run_round`, THE round, a pure function of a state.
 
-    for each client of the cohort:   offer -> plan -> local_update -> reply         then   merge
+    for each client of the cohort:   offer -> plan -> local update -> reply         then   merge
 
-State is a value; nothing is remembered between rounds but `ServerState` and the clients' memories. Read before:
-`methods/base.py` (the hooks); after: `client.py` (what a client does), `run.py` (many rounds make a run).
+State is a value; all that one round leaves to the next is in `ServerState`. Read before: `methods/base.py` (the hooks);
+after: `client.py` (what a client does), `run.py` (many rounds make a run).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -22,16 +22,15 @@ from ..core.seeds import numpy_generator
 from ..core.sparsity import density
 from ..core.state import EMPTY, Memory, ServerState
 from ..data.datasets import Dataset
-from ..methods.base import samples_of
-from ..methods.registry import Method
+from ..methods.base import Method, samples_of
 from .client import local_update, see_test_images
-from .failures import collect, merge
+from .failures import collect
 from .workers import Workers
 
 
 @dataclass(frozen=True)
 class Clients:
-    """The data and the clients' memories. `train[i]`, `test[i]`: sample indices of client i, int64 on the device;
+    """The clients' data, and who trains on it. `train[i]`, `test[i]`: sample indices of client i, int64 on the device;
     `split_sha256`: the checksum of them all."""
 
     data: Dataset
@@ -39,13 +38,17 @@ class Clients:
     test: tuple[Tensor, ...]
     workers: Workers
     split_sha256: str = ""
-    memories: Mapping[int, Memory] = field(default_factory=dict)
 
-    def deliver(self, method: Method, offers: Mapping[int, Message], config: Config, t: int) -> dict[int, Future]:
+    def deliver(
+        self, method: Method, offers: Mapping[int, Message], state: ServerState, config: Config
+    ) -> dict[int, Future]:
         """Hand every offer to its client. Returns what each makes of it: a future (reply, memory, result)."""
-        submit = self.workers.submit
+        t = state.round
         return {
-            client: submit(train_client, method, offer, self, config, t, client) for client, offer in offers.items()
+            client: self.workers.submit(
+                train_client, method, offer, state.memories.get(client, EMPTY), self, config, t, client
+            )
+            for client, offer in offers.items()
         }
 
     def facts(self) -> dict:
@@ -58,9 +61,20 @@ class Clients:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What travelled in a round, for those who look at runs: the state before it, offers and replies by client id, and
+    what training left at clients in this process (of others there is only an account)."""
+
+    before: ServerState
+    offers: Mapping[int, Message]
+    replies: Mapping[int, Message]
+    results: Mapping[int, LocalResult]
+
+
+@dataclass(frozen=True)
 class RoundRecord:
-    """What one round did; fields as the columns of a results file. `memories` are the clients' new memories, and
-    `skipped` names the clients that failed, with the reason."""
+    """What one round did; fields as the columns of a results file. `skipped` names the clients that failed, with the
+    reason."""
 
     round: int
     train_loss: float
@@ -71,8 +85,8 @@ class RoundRecord:
     down_bytes: int
     regrown: int
     pruning_error: float
-    memories: Mapping[int, Memory]
     skipped: Mapping[int, str]
+    exchange: Exchange = field(compare=False, repr=False)
 
 
 def sample_cohort(config: Config, t: int) -> list[int]:
@@ -85,48 +99,62 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     """One federated round. Pure: the same inputs give the same bits, for any number of workers.
 
     Returns:
-        (the next state, the record). The clients' new memories are in the record; `clients` is unchanged.
+        (the next state, the record).
 
     Raises:
         ClientFailure: see `Config.on_client_failure`. The state is as it was.
     """
     t = state.round
     offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
-    futures = clients.deliver(method, offers, config, t)
-    replies, memories, skipped = collect(futures, clients.workers, state, config)
-    new, replies = merge(method, state, replies, skipped, config)
+    jobs = clients.deliver(method, offers, state, config)  # each: plan -> local update -> reply, `train_client`
+    replies, memories, results, skipped = collect(jobs, clients.workers, method, state, config)
+    merged = method.merge(state, replies, t)
+    new = replace(merged, memories={**state.memories, **memories})
+    return new, record_of(new, Exchange(state, offers, replies, results), skipped, method, config)
+
+
+def train_client(
+    model: FlatModel,
+    method: Method,
+    offer: Message,
+    memory: Memory,
+    clients: Clients,
+    config: Config,
+    t: int,
+    client: int,
+) -> tuple[Message, Memory, LocalResult]:
+    """One client's part of a round. Returns (reply, the client's new memory, result).
+
+    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
+    """
+    plan = method.plan(offer, memory, t)
+    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
+    if plan.test_leak:
+        result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
+    return *method.reply(result, memory, t), result
+
+
+def record_of(
+    new: ServerState, exchange: Exchange, skipped: Mapping[int, str], method: Method, config: Config
+) -> RoundRecord:
+    """What the round that led to `new` did."""
+    state, replies, t = exchange.before, exchange.replies, exchange.before.round
     samples = samples_of(replies)
     loss = sum(float(replies[client].extras["loss"][0]) * count for client, count in samples.items())
     prunable = new.weights[: len(new.mask)]
-    record = RoundRecord(
+    return RoundRecord(
         round=t,
         train_loss=loss / sum(samples.values()),
         sparsity=1 - density(prunable * new.mask),
         lr=config.lr_at(t),
         penalty=method.penalty(t),
         up_bytes=sum(num_bytes(reply) for reply in replies.values()),
-        down_bytes=sum(num_bytes(offer) for offer in offers.values()),
+        down_bytes=sum(num_bytes(offer) for offer in exchange.offers.values()),
         regrown=int((new.mask & ~state.mask).sum()),
         pruning_error=pruning_error(prunable, new.mask),
-        memories={client: memory for client, memory in memories.items() if client in replies},
         skipped=skipped,
+        exchange=exchange,
     )
-    return new, record
-
-
-def train_client(
-    model: FlatModel, method: Method, offer: Message, clients: Clients, config: Config, t: int, client: int
-) -> tuple[Message, Memory, LocalResult]:
-    """One client's part of a round: plan, train, reply. Returns (reply, the client's new memory, result).
-
-    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
-    """
-    memory = clients.memories.get(client, EMPTY)
-    plan = method.plan(offer, memory, t)
-    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
-    if plan.test_leak:
-        result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
-    return *method.reply(result, memory, t), result
 
 
 def pruning_error(prunable: Tensor, mask: Tensor) -> float:

@@ -72,10 +72,10 @@ def test_a_client_never_waits_for_the_gpu(model):
     offer = method.offer(state, 0, 0)
 
     def job(scratch):
-        train_client(scratch, method, offer, clients, config, 0, 0)
+        train_client(scratch, method, offer, {}, clients, config, 0, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return train_client(scratch, method, offer, clients, config, 0, 0)
+            return train_client(scratch, method, offer, {}, clients, config, 0, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 from flwr.app import Message as Envelope
@@ -10,8 +10,8 @@ from flwr.app import Message as Envelope
 from feddip_lite.flower import client as flower_client
 from feddip_lite.flower import server as flower
 from feddip_lite.flower.wire import pack, unpack
-from feddip_lite.train.checkpoint import Progress
-from feddip_lite.train.run import advance
+from feddip_lite.train.observe import Progress
+from feddip_lite.train.round import run_round
 from feddip_lite.train.setup import prepare
 
 
@@ -77,10 +77,16 @@ def start(config, connect):
     state, clients, method = prepare(config)
     progress = Progress(state)
     clients = connect(clients, method, config)
-    return progress, lambda: advance(progress, clients, method, config)
+
+    def one_more():
+        state, record = run_round(progress.state, clients, method, config)
+        progress.take(state, record)
+        return record
+
+    return progress, one_more
 
 
 def finished(config, connect):
-    """(progress after all rounds, the records of its rounds without memories)."""
-    progress, advance_ = start(config, connect)
-    return progress, [replace(advance_(), memories={}) for _ in range(config.rounds)]
+    """(progress after all rounds, the records of its rounds)."""
+    progress, one_more = start(config, connect)
+    return progress, [one_more() for _ in range(config.rounds)]

@@ -46,9 +46,9 @@ def test_the_same_bits_as_in_one_process(method, tmp_path):
     found, found_records = finished(config, over(Grid(config, tmp_path)))
     assert same(expected.state, found.state)
     assert repr(found_records) == repr(records)
-    assert bool(expected.memories) == (method == "feddst")
-    digests = {client: sha256_of(memory) for client, memory in expected.memories.items()}
-    assert {client: token_of(memory).partition("-")[2] for client, memory in found.memories.items()} == digests
+    assert bool(expected.state.memories) == (method == "feddst")
+    digests = {client: sha256_of(memory) for client, memory in expected.state.memories.items()}
+    assert {client: token_of(memory).partition("-")[2] for client, memory in found.state.memories.items()} == digests
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -206,12 +206,12 @@ def test_a_node_that_leaves_is_skipped_and_goes_on_from_its_memory_when_it_retur
     grid = Grid(config, tmp_path)
     progress, advance = start(config, over(grid))
     advance()
-    token = progress.memories[1][TOKEN]
+    token = progress.state.memories[1][TOKEN]
     grid.nodes.pop(101)
     assert advance().skipped == {1: "Refused: 0 nodes claim to be it; expected one"}
-    assert torch.equal(progress.memories[1][TOKEN], token)
+    assert torch.equal(progress.state.memories[1][TOKEN], token)
     grid.nodes[777] = {"partition-id": 1}
-    assert not advance().skipped and not torch.equal(progress.memories[1][TOKEN], token)
+    assert not advance().skipped and not torch.equal(progress.state.memories[1][TOKEN], token)
 
 
 def test_a_server_that_resumes_one_round_back_finds_the_memories_that_go_with_it(tmp_path):
@@ -221,10 +221,10 @@ def test_a_server_that_resumes_one_round_back_finds_the_memories_that_go_with_it
     advance()
     saved = copy.copy(progress)
     advance()
-    straight, tokens = progress.state, progress.memories
+    straight, tokens = progress.state, progress.state.memories
     progress.__dict__.update(saved.__dict__)
     advance()
-    assert same(progress.state, straight) and repr(progress.memories) == repr(tokens)
+    assert same(progress.state, straight) and repr(progress.state.memories) == repr(tokens)
 
 
 def test_a_server_that_resumes_further_back_is_refused(tmp_path):

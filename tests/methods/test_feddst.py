@@ -59,8 +59,7 @@ def rounds_of(config):
     done = []
     for _ in range(config.rounds):
         state, record = run_round(state, clients, method, config)
-        clients = replace(clients, memories={**clients.memories, **record.memories})
-        done.append((state, record, clients.memories))
+        done.append((state, record, state.memories))
     clients.workers.close()
     return method, done
 

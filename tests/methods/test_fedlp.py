@@ -196,7 +196,7 @@ def test_a_head_stays_at_its_client_and_is_where_the_next_round_starts(federatio
     config = hetero_config(clients=3, clients_per_round=3, method_options={"preference": 1})
     method = federation(config)[2]
     client = next(c for c in range(3) if method.complexity(c) < 3)
-    first, second = (record.memories for _, record in train(config)[:2])
+    first, second = (state.memories for state, _ in train(config)[:2])
     state = federation(config)[0]
     plan = method.plan(method.offer(state, 1, client), first[client], 1)
     slots = plan.model.layout.slots
@@ -271,8 +271,8 @@ def test_every_model_trains_at_every_complexity(train, federation, model):
     ((state, record),) = train(config)
     assert state.weights.isfinite().all()
     part = [c for c in sample_cohort(config, 0) if method.complexity(c) < len(method.parts)]
-    assert sorted(record.memories) == part
-    assert len({memory["head"].numel() for memory in record.memories.values()}) > 1
+    assert sorted(state.memories) == part
+    assert len({memory["head"].numel() for memory in state.memories.values()}) > 1
 
 
 def test_resumed_run_equals_the_uninterrupted(tmp_path):

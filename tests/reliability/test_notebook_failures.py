@@ -61,19 +61,17 @@ def test_failing_notebook_ends_the_run_and_is_kept(tmp_path, monkeypatch, reprod
 
 RUN = f"""
 import json, os, pathlib
-from feddip_lite import Config, engine, run
+from feddip_lite import Config, run
+from feddip_lite.train.observe import Observer
 
 folder = pathlib.Path(os.environ["TEST_FOLDER"])
-advance = engine.advance
-def deadly(*arguments):
-    record = advance(*arguments)
-    if record.round == 2 and not (folder / "repaired").exists():
-        os.kill(os.getpid(), 9)
-    return record
+class Deadly(Observer):
+    def round_done(self, run, record):
+        if record.round == 2 and not (folder / "repaired").exists():
+            os.kill(os.getpid(), 9)
 
-engine.advance = deadly
 config = Config(**json.loads('{json.dumps({**TINY, **FAST, "rounds": 5})}'))
-history = run(config, results_dir=folder, checkpoint_every=1)
+history = run(config, results_dir=folder, checkpoint_every=1, observers=[Deadly()])
 """
 
 

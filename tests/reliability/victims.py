@@ -14,7 +14,6 @@ import signal
 import stat
 import threading
 import time
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,11 +21,14 @@ import torch
 
 from feddip_lite.__main__ import main
 from feddip_lite.core import autograd as arithmetic
+from feddip_lite.core.state import ServerState
 from feddip_lite.fast import lenet_blocks as lenet
+from feddip_lite.methods import METHODS
 from feddip_lite.records import store as results
-from feddip_lite.train import evaluate, failures
+from feddip_lite.train import evaluate
 from feddip_lite.train import run as engine
-from feddip_lite.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from feddip_lite.train.checkpoint import load_checkpoint, save_checkpoint
+from feddip_lite.train.observe import Observer
 
 STEPS = ("open", "write", "flush", "fsync", "rename", "renamed", "open folder", "fsync folder")
 """What `atomic_write` does, in order. "write" is when half is written, "renamed" when the new file is in place."""
@@ -121,12 +123,12 @@ def doomed_run(config, folder: Path, place: str, seed: int) -> None:
     """`run` with a checkpoint every round, killed in `place` at a moment drawn from `seed`; every round that ends adds
     a line to the file `rounds`."""
     draw = random.Random(f"{config.run_id} {place} {seed}")
-    note_rounds(folder / "rounds", config.run_id)
+    notes = Notes(folder / "rounds")
     calls = config.rounds * config.clients_per_round
     if place == "local training":
         _deadly("loss_and_gradient", draw.randint(1, 3 * calls), lenet.BlockLeNet5, arithmetic.Autograd)
     elif place == "merge":
-        _deadly("_merged", draw.randint(1, config.rounds), failures)
+        _deadly("merge", draw.randint(1, config.rounds), METHODS[config.method])
     elif place == "evaluation":
         _deadly("evaluate", draw.randint(1, config.rounds), evaluate)
     elif place == "checkpoint write":
@@ -138,7 +140,7 @@ def doomed_run(config, folder: Path, place: str, seed: int) -> None:
         timer = threading.Timer(draw.uniform(0, 0.1 * config.rounds), die)
         timer.daemon = True
         timer.start()
-    engine.run(config, results_dir=folder, checkpoint_every=1, progress=False)
+    engine.run(config, results_dir=folder, checkpoint_every=1, progress=False, observers=[notes])
 
 
 def doomed_sweep(arguments: list[str], step: str, suffix: str, nth: int) -> int:
@@ -147,19 +149,25 @@ def doomed_sweep(arguments: list[str], step: str, suffix: str, nth: int) -> int:
     return main(arguments)
 
 
-_advance = engine.advance
+class Notes(Observer):
+    """Adds a line `<pid> <run id> <round>` to `path` for every round that ends, even if it is the last."""
+
+    def __init__(self, path: Path):
+        self.log = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def round_done(self, run, record) -> None:
+        os.write(self.log, f"{os.getpid()} {run.config.run_id} {record.round}\n".encode())
 
 
-def note_rounds(path: Path, run_id: str) -> None:
-    """From now on every round that ends adds a line `<pid> <run id> <round>` to `path`, even if it is the last."""
-    log = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+class Watch(Observer):
+    """[resident bytes, CPU seconds so far] after each round, in `facts`."""
 
-    def noting(*arguments):
-        record = _advance(*arguments)
-        os.write(log, f"{os.getpid()} {run_id} {record.round}\n".encode())
-        return record
+    def __init__(self):
+        self.facts = []
 
-    engine.advance = noting
+    def round_done(self, run, record) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.facts.append((pages * os.sysconf("SC_PAGE_SIZE"), time.process_time()))
 
 
 def _deadly(name: str, calls: int, *owners) -> None:
@@ -179,12 +187,16 @@ def _deadly(name: str, calls: int, *owners) -> None:
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
-def digest(progress: Progress) -> str:
+def digest(state: ServerState) -> str:
     """SHA-256 of every tensor of a run: the server's state and memory, and the clients' memories."""
-    state, sha = progress.state, hashlib.sha256()
-    tensors = {item.name: getattr(state, item.name) for item in fields(state) if item.name not in ("round", "memory")}
+    sha = hashlib.sha256()
+    tensors = {
+        item.name: getattr(state, item.name)
+        for item in fields(state)
+        if item.name not in ("round", "memory", "memories")
+    }
     tensors |= {f"memory {name}": tensor for name, tensor in state.memory.items()}
-    for client, memory in progress.memories.items():
+    for client, memory in state.memories.items():
         tensors |= {f"client {client} {name}": tensor for name, tensor in memory.items()}
     for name in sorted(tensors):
         sha.update(name.encode() + tensors[name].cpu().numpy().tobytes())
@@ -226,20 +238,11 @@ def limited(arguments: list[str], report: Path, limit: str) -> int:
 def crowd_member(configs, folder: Path, log: Path, seed: int) -> None:
     """Run all `configs`, in an order of its own, and note every round that ends in `log`: `<pid> <run id> <round>`."""
     for config in random.Random(seed).sample(configs, len(configs)):
-        note_rounds(log, config.run_id)
-        engine.run(config, results_dir=folder, checkpoint_every=1, progress=False)
+        engine.run(config, results_dir=folder, checkpoint_every=1, progress=False, observers=[Notes(log)])
 
 
 def watched_run(config, folder: Path, path: Path) -> None:
     """`run`, and in the JSON file `path` [resident bytes, CPU seconds so far] after each round."""
-    facts = []
-
-    def noting(*arguments):
-        record = _advance(*arguments)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        facts.append((pages * os.sysconf("SC_PAGE_SIZE"), time.process_time()))
-        return record
-
-    engine.advance = noting
-    engine.run(config, results_dir=folder, checkpoint_every=25, progress=False)
-    path.write_text(json.dumps(facts))
+    watch = Watch()
+    engine.run(config, results_dir=folder, checkpoint_every=25, progress=False, observers=[watch])
+    path.write_text(json.dumps(watch.facts))

@@ -16,11 +16,10 @@ from feddip_lite.records.names import describe
 from feddip_lite.records.profiles import load_profile
 from feddip_lite.records.store import ROOT, load_results, read_run
 from feddip_lite.report.style import save_figure
-from feddip_lite.studies import followed
 from feddip_lite.studies.bound import figures as bound_figures
 from feddip_lite.studies.bound import path as bound_runs
 from feddip_lite.studies.bound.estimators import Objective, assemble, estimate, pruning_distance
-from feddip_lite.studies.bound.path import COLUMNS, ESTIMATES, follow
+from feddip_lite.studies.bound.path import COLUMNS, ESTIMATES, record_path
 from feddip_lite.studies.bound.tables import (
     TERMS,
     bound_of,
@@ -33,6 +32,7 @@ from feddip_lite.studies.bound.tables import (
     removed_so_far,
     summary,
 )
+from feddip_lite.train import run as rounds
 from feddip_lite.train.evaluate import evaluate_state
 
 COARSE = {"batches": 2, "curvature_samples": 30, "iterations": 2, "progress": False}
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("agg")
 
 def test_rows_are_the_states_of_the_run_and_estimates_are_those_of_their_state(tmp_path, federation, train):
     config = tiny_config(**SHORT)
-    rows, (start, clients, _) = follow(config, tmp_path, **COARSE), federation(config)
+    rows, (start, clients, _) = record_path(config, tmp_path, **COARSE), federation(config)
     done = train(config)
     states = [start, *(state for state, _ in done)]
     assert list(rows["round"]) == list(range(config.rounds + 1))
@@ -69,11 +69,11 @@ def test_f_holds_penalty_and_weight_decay_in_the_theorems_setting_alone(tmp_path
     strong = {**SHORT, "rounds": 2, "penalty_max": 0.5, "penalty_steps": 2, "weight_decay": 0.1}
     for number, more in enumerate(({}, THEORY)):
         config = tiny_config(**strong, **more)
-        last = follow(config, tmp_path, **COARSE).iloc[1 + number]
+        last = record_path(config, tmp_path, **COARSE).iloc[1 + number]
         assert last["penalty"] == (0.0, 0.25, 0.5)[1 + number]
         record = json.loads((tmp_path / f"{config.run_id}.json").read_text())
         assert record["objective"] == ("cross-entropy", "cross-entropy + penalty + weight decay")[number]
-    rows = [follow(tiny_config(**strong, **more), tmp_path, **COARSE).iloc[0] for more in ({}, THEORY)]
+    rows = [record_path(tiny_config(**strong, **more), tmp_path, **COARSE).iloc[0] for more in ({}, THEORY)]
     state, clients, _ = federation(tiny_config(**strong))
     point = state.weights.clone()
     point[: len(state.mask)] *= state.mask
@@ -91,16 +91,16 @@ def test_f_holds_penalty_and_weight_decay_in_the_theorems_setting_alone(tmp_path
 
 def test_what_is_recorded_is_not_computed_again(tmp_path, monkeypatch):
     config = tiny_config(**SHORT)
-    first = follow(config, tmp_path, **COARSE)
+    first = record_path(config, tmp_path, **COARSE)
     assert list(first) == list(COLUMNS)
     assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
-    monkeypatch.setattr(followed, "prepare", None)  # whoever computes, fails
-    assert follow(config, tmp_path, **COARSE).equals(first)
+    monkeypatch.setattr(rounds, "prepare", None)  # whoever computes, fails
+    assert record_path(config, tmp_path, **COARSE).equals(first)
 
 
 def test_an_interrupted_run_goes_on_from_its_last_estimates_to_the_same_bits(tmp_path, monkeypatch, remembering):
     config = tiny_config(**{**SHORT, "mask_interval": None, "method": remembering})  # with memory on both sides
-    whole = follow(config, tmp_path / "whole", **COARSE)
+    whole = record_path(config, tmp_path / "whole", **COARSE)
     done = []
 
     def failing(state, *arguments, **named):
@@ -112,9 +112,9 @@ def test_an_interrupted_run_goes_on_from_its_last_estimates_to_the_same_bits(tmp
 
     monkeypatch.setattr(bound_runs, "estimate", failing)
     with pytest.raises(KeyboardInterrupt):
-        follow(config, tmp_path / "parts", **COARSE)
+        record_path(config, tmp_path / "parts", **COARSE)
     assert names(tmp_path / "parts") == [f"{config.run_id}.checkpoint"]
-    resumed = follow(config, tmp_path / "parts", **COARSE)
+    resumed = record_path(config, tmp_path / "parts", **COARSE)
     assert done == [0, 2, 4, 4, 5]
     assert resumed.drop(columns="seconds").equals(whole.drop(columns="seconds"))
     assert names(tmp_path / "parts") == names(tmp_path / "whole")
@@ -128,12 +128,12 @@ def test_local_steps_are_the_most_that_a_client_makes(tmp_path, federation):
     config = tiny_config(**{**SHORT, "rounds": 1, "partition": "dirichlet", "alpha": 0.3, "local_epochs": 3})
     _, clients, _ = federation(config)
     largest = max(len(shard) for shard in clients.train)
-    assert set(follow(config, tmp_path, **COARSE)["local_steps"]) == {3 * math.ceil(largest / 32)}
+    assert set(record_path(config, tmp_path, **COARSE)["local_steps"]) == {3 * math.ceil(largest / 32)}
 
 
 def test_bad_data_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="clients: 1438"):
-        follow(tiny_config(clients=1438), tmp_path / "results", **COARSE)
+        record_path(tiny_config(clients=1438), tmp_path / "results", **COARSE)
     assert not (tmp_path / "results").exists()
 
 
@@ -158,15 +158,15 @@ def test_smoothness_in_the_queue_is_what_was_recorded():
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("follow", ROOT / "tools" / "follow.py")
+    spec = importlib.util.spec_from_file_location("observe", ROOT / "tools" / "observe.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_tool_follows_its_queue_and_names_what_is_wrong(tmp_path, capsys, monkeypatch):
-    for name in bound_runs.SETTINGS:
-        monkeypatch.setitem(bound_runs.SETTINGS, name, COARSE[name])
+    for name in bound_runs.SAMPLING:
+        monkeypatch.setitem(bound_runs.SAMPLING, name, COARSE[name])
     queue = tmp_path / "tiny.yaml"
     queue.write_text(f"defaults: {json.dumps({**TINY, **SHORT, 'rounds': 2})}\nqueue:\n  - {{seed: [0, 1]}}\n")
     arguments = [str(queue), f"--results={tmp_path / 'results'}", "--quiet"]
@@ -175,7 +175,7 @@ def test_the_tool_follows_its_queue_and_names_what_is_wrong(tmp_path, capsys, mo
     assert [line.split()[1].rstrip(":") for line in out] == [config.run_id for config in load_profile(queue)]
     assert (err, len(load_results(tmp_path / "results"))) == ([], 6)
     _, record = read_run(tmp_path / "results", load_profile(queue)[0].run_id)
-    assert record["estimates"] == {name: COARSE[name] for name in bound_runs.SETTINGS}
+    assert record["estimates"] == {name: COARSE[name] for name in bound_runs.SAMPLING}
     assert tool().main([str(tmp_path / "none.yaml")]) == 2
     assert tool().main([*arguments, "--workers=-1"]) == 2
     out, err = read_outputs(capsys)

@@ -1,4 +1,4 @@
-"""Laws of how local models merge: alignment's limits, what a followed run may not change, the server's own mean."""
+"""Laws of how local models merge: alignment's limits, what looking on may not change, the server's own mean."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from feddip_lite.records.catalogue import profile_queue, recorded
 from feddip_lite.records.profiles import load_profile
 from feddip_lite.records.store import ROOT, read_run, save_table
 from feddip_lite.studies.claims import claims_table
-from feddip_lite.studies.followed import COLUMNS
-from feddip_lite.studies.merging import MEASURES, alignment, follow, per_run, table
+from feddip_lite.studies.merging import MEASURES, alignment, per_run, record_merging, table
+from feddip_lite.studies.trajectory import COLUMNS
 
 THIRDS = torch.full((3,), 1 / 3, dtype=torch.float64)
 
@@ -55,7 +55,7 @@ def test_a_client_that_counts_for_two_is_two_clients():
 
 @pytest.mark.parametrize("method", ["fedavg", "feddip", "feddst"])
 def test_the_mean_of_local_models_is_the_servers_next_one_where_no_mask_changes(tmp_path, method):
-    rows = follow(tiny_config(method=method, mask_interval=100 if method != "fedavg" else None), tmp_path)
+    rows = record_merging(tiny_config(method=method, mask_interval=100 if method != "fedavg" else None), tmp_path)
     assert list(rows) == [*COLUMNS, *MEASURES, "seconds"]
     merged = (rows["members_accuracy"] + rows["merging_gain"]).iloc[1:-1]  # from round 1: in round 0 masks are chosen
     assert merged.tolist() == pytest.approx(rows["accuracy"].iloc[2:].tolist(), abs=1e-12)
@@ -63,16 +63,16 @@ def test_the_mean_of_local_models_is_the_servers_next_one_where_no_mask_changes(
 
 
 def test_one_client_is_its_own_mean(tmp_path):
-    rows = follow(tiny_config(clients_per_round=1, rounds=2, method="fedsparsify_global"), tmp_path).iloc[:-1]
+    rows = record_merging(tiny_config(clients_per_round=1, rounds=2, method="fedsparsify_global"), tmp_path).iloc[:-1]
     assert rows["alignment"].tolist() == pytest.approx([1.0, 1.0])
     assert rows["merging_gain"].tolist() == [0.0, 0.0]
 
 
 def test_looking_changes_nothing(tmp_path, remembering):
     config = tiny_config(method=remembering, rounds=4, eval_every=2)
-    rows = follow(config, tmp_path / "followed")
+    rows = record_merging(config, tmp_path / "looked")
     run(config, results_dir=tmp_path / "run", progress=False)
-    records = [read_run(tmp_path / name, config.run_id)[1]["provenance"] for name in ("followed", "run")]
+    records = [read_run(tmp_path / name, config.run_id)[1]["provenance"] for name in ("looked", "run")]
     assert records[0]["state_sha256"] == records[1]["state_sha256"]
     assert rows["round"][rows["alignment"].notna()].tolist() == [0, 2]
 
@@ -89,7 +89,7 @@ class Failing(FedAvg):
 
 def test_a_skipped_client_is_not_looked_at(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "failing", Failing)
-    rows = follow(tiny_config(method="failing", clients=3, on_client_failure="skip"), tmp_path)
+    rows = record_merging(tiny_config(method="failing", clients=3, on_client_failure="skip"), tmp_path)
     merged = (rows["members_accuracy"] + rows["merging_gain"]).iloc[:-1]
     assert merged.tolist() == pytest.approx(rows["accuracy"].iloc[1:].tolist(), abs=1e-12)
 

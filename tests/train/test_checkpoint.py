@@ -79,8 +79,9 @@ def test_checkpoint_round_trip_is_exact(checkpoint, tmp_path):
     for name in ("weights", "buffers", "mask"):
         assert torch.equal(getattr(progress.state, name), getattr(copy.state, name))
     assert torch.equal(progress.state.memory["previous"], copy.state.memory["previous"])
-    assert list(progress.memories) == list(copy.memories)
-    assert all(torch.equal(progress.memories[c]["times"], copy.memories[c]["times"]) for c in progress.memories)
+    assert list(progress.state.memories) == list(copy.state.memories)
+    memories = zip(progress.state.memories.values(), copy.state.memories.values(), strict=True)
+    assert all(torch.equal(one["times"], other["times"]) for one, other in memories)
     assert repr(progress.rows) == repr(copy.rows)
     assert math.isnan(copy.rows[0]["pruning_error"])
 

@@ -8,9 +8,10 @@ import torch
 from conftest import TINY, csv_without_seconds, names, record_files, same_history, tiny_config
 from victims import PLACES, child, digest, doomed_run, doomed_sweep
 
+from feddip_lite import run
 from feddip_lite.__main__ import main
-from feddip_lite.train import run as engine
 from feddip_lite.train.checkpoint import load_checkpoint
+from feddip_lite.train.observe import LastState
 
 CPU = torch.device("cpu")
 SHORT = {"clients": 4, "clients_per_round": 2, "batch_size": 128, "rounds": 5, "mask_interval": 2}
@@ -42,17 +43,10 @@ def undisturbed():
 
 
 def completed(config, **options):
-    """History and digest of `run`."""
-    kept, train = [], engine._train
-
-    def keeping(*arguments):
-        kept.append(train(*arguments))
-        return kept[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_train", keeping)
-        history = engine.run(config, progress=False, **options)
-    return history, digest(kept[0]) if kept else None
+    """History of `run`, and digest of its last state."""
+    last = LastState()
+    history = run(config, progress=False, observers=[last], **options)
+    return history, digest(last.state) if last.state else None
 
 
 def killed(process) -> bool:

@@ -30,10 +30,9 @@ from feddip_lite.core.sparsity import jaccard
 from feddip_lite.data.datasets import normalise
 from feddip_lite.methods import METHODS
 from feddip_lite.records.store import COLUMNS, read_run
-from feddip_lite.train.checkpoint import Progress
 from feddip_lite.train.evaluate import evaluate_state
+from feddip_lite.train.observe import Progress, Run
 from feddip_lite.train.round import sample_cohort
-from feddip_lite.train.run import history_of
 
 
 def test_history_has_a_row_per_round_and_the_columns_of_a_results_file():
@@ -47,8 +46,9 @@ def test_history_has_a_row_per_round_and_the_columns_of_a_results_file():
 
 def test_top5_accuracy_follows_accuracy_with_100_classes(federation):
     row = dict.fromkeys([*COLUMNS, "top5_accuracy"], 0.5)
-    state, _, _ = federation(tiny_config())
-    columns = list(history_of(Progress(state, rows=[row]), tiny_config(dataset="cifar100", model="resnet18")).columns)
+    state, clients, method = federation(tiny_config())
+    config = tiny_config(dataset="cifar100", model="resnet18")
+    columns = list(Run(config, clients, method, Progress(state, rows=[row])).history().columns)
     assert columns == [*COLUMNS[:2], "top5_accuracy", *COLUMNS[2:]]
 
 

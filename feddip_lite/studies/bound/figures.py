@@ -1,4 +1,4 @@
-"""Figures of the convergence bound, from followed runs (`path.follow`) as `records.names.describe` returns them.
+"""Figures of the convergence bound, from recorded paths (`path.record_path`) as `records.names.describe` returns them.
 
 A term has the same colour everywhere, a partition too. Every figure says on itself which data and how many rounds.
 """

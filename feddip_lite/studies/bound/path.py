@@ -1,8 +1,7 @@
-"""`follow`: a run with the bound's estimates on the way.
+"""The convergence bound along a run: its estimates at the states that are due, what pruning removes at all of them.
 
-Every row has what pruning removes; those that are due have `estimators.Estimates`, empty elsewhere. In the
-theorem's setting (lr_schedule "theory") f is what clients minimise, this round's penalty and the weight decay included;
-else it is the cross-entropy. Read before: `estimators.py`, `../followed.py`; after: `tables.py`.
+In the theorem's setting (lr_schedule "theory") f is what clients minimise, this round's penalty and the weight decay
+included; else it is the cross-entropy. Read before: `estimators.py`, `../trajectory.py`; after: `tables.py`.
 """
 
 from __future__ import annotations
@@ -13,24 +12,43 @@ from pathlib import Path
 import pandas as pd
 
 from ...config import Config
-from ...core.state import ServerState
-from ...methods.registry import Method
-from ...studies import followed
+from ...train.observe import Run
 from ...train.round import Clients
+from .. import trajectory
 from .estimators import Estimates, estimate, pruning_distance
 
 ESTIMATES = tuple(item.name for item in fields(Estimates))
-COLUMNS = (*followed.COLUMNS, "local_steps", *ESTIMATES[1:], "seconds")
+COLUMNS = (*trajectory.COLUMNS, "local_steps", *ESTIMATES[1:], "seconds")
 """`local_steps` is E_l, the most steps of a client; `loss` is f(w') on the training set."""
-SETTINGS = {"batches": 20, "curvature_samples": 1024, "iterations": 30}
+SAMPLING = {"batches": 20, "curvature_samples": 1024, "iterations": 30}
 """What `estimators.estimate` is called with."""
 
 
-def follow(config: Config, folder: str | Path, *, progress: bool = True, **settings) -> pd.DataFrame:
-    """`followed.follow`, with the bound's terms for an observer.
+class BoundPath(trajectory.Trajectory):
+    """The terms of the bound at the states of a run.
 
-    `progress` shows a bar for each set of estimates; `settings` change SETTINGS; they are recorded, but are no part of
-    the run's identity.
+    `progress` shows a bar for each set of estimates; `sampling` as SAMPLING.
+    """
+
+    columns = COLUMNS[len(trajectory.COLUMNS) : -1]
+
+    def __init__(self, progress: bool, **sampling):
+        self.progress, self.sampling = progress, sampling
+
+    def state_columns(self, run: Run, due: bool) -> dict[str, float]:
+        state, config = run.state, run.config
+        error, distance = pruning_distance(state.weights[: len(state.mask)], state.mask)
+        row = {"local_steps": _most_steps(run.clients, config), "pruning_error": error, "pruning_distance": distance}
+        if not due:
+            return row
+        strength = run.method.penalty(state.round)
+        within = {"penalty": strength, "weight_decay": config.weight_decay} if _theory(config) else {}
+        found = estimate(state, run.clients, config, progress=self.progress, **within, **self.sampling)
+        return row | asdict(found)
+
+
+def record_path(config: Config, folder: str | Path, *, progress: bool = True, **sampling) -> pd.DataFrame:
+    """`record_trajectory` of a `BoundPath`; `sampling` changes SAMPLING, is recorded, but no part of the run's id.
 
     Returns:
         T + 1 rows of COLUMNS.
@@ -38,19 +56,9 @@ def follow(config: Config, folder: str | Path, *, progress: bool = True, **setti
     Raises:
         ValueError: bad input or damaged files; a loss is not finite. ClientFailure: as `run`.
     """
-    settings = {**SETTINGS, **settings}
-
-    def observe(state: ServerState, clients: Clients, method: Method, config: Config, due: bool) -> dict:
-        strength = method.penalty(state.round)
-        error, distance = pruning_distance(state.weights[: len(state.mask)], state.mask)
-        row = {"local_steps": _most_steps(clients, config), "pruning_error": error, "pruning_distance": distance}
-        within = {"penalty": strength, "weight_decay": config.weight_decay} if _theory(config) else {}
-        more = asdict(estimate(state, clients, config, progress=progress, **within, **settings)) if due else {}
-        return row | more
-
-    return followed.follow(
-        config, folder, observe, COLUMNS[len(followed.COLUMNS) : -1], objective=objective(config), estimates=settings
-    )
+    sampling = {**SAMPLING, **sampling}
+    path = BoundPath(progress, **sampling)
+    return trajectory.record_trajectory(config, folder, path, objective=objective(config), estimates=sampling)
 
 
 def objective(config: Config) -> str:

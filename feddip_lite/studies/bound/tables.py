@@ -1,6 +1,6 @@
-"""What followed runs say of the bound: its terms from a record, a table of its constants, and a reading in words.
+"""What recorded paths say of the bound: its terms from a record, a table of its constants, and a reading in words.
 
-Runs come as `records.names.describe` returns them (`recorded_paths`), with the columns of `path.follow`.
+Runs come as `records.names.describe` returns them (`recorded_paths`), with the columns of `path.record_path`.
 "Typical" is said of the bound with the median gamma in place of the largest, which one checkpoint may decide.
 """
 
@@ -37,7 +37,7 @@ def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def checkpoints(run: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a followed run that have estimates."""
+    """The rows of a recorded path that have estimates."""
     return run[run["loss"].notna()]
 
 
@@ -62,7 +62,7 @@ def bound_of(run: pd.DataFrame, *, typical: bool = False, printed: bool = False)
 
 
 def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
-    """The recorded runs with estimates; where FedDIP's own start was not followed yet, those of `shared_start`. Never
+    """The recorded runs with estimates; where FedDIP's own start was not recorded yet, those of `shared_start`. Never
     both."""
     records = recorded("bound/lite", folder)
     own = own_start(records)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
 from math import prod
@@ -27,9 +26,8 @@ from ...core.sparsity import density
 from ...core.state import ServerState
 from ...data.datasets import DATASETS, Dataset, normalise
 from ...records.names import NAMES
-from ...train.checkpoint import Progress
-from ...train.evaluate import evaluate_state
-from ...train.run import advance, running
+from ...train.observe import LastState
+from ...train.run import run
 from ...train.setup import prepare
 from .count import export, flops, latency, packed_bytes, sparse_model, training_flops
 from .shrink import CHAINS, CSRLinear, plain, to_csr, without_dead_channels
@@ -59,16 +57,11 @@ def trained(config: Config) -> tuple[ServerState, Dataset, float]:
     """Run `config` to its end without recording it: the last state, the data, and the accuracy of w*m.
 
     Raises:
-        As `train.run.run`.
+        As `run`.
     """
-    config = config.resolved()
-    state, clients, method = prepare(config)
-    now = Progress(state)
-    with closing(clients.workers), running(config):
-        while now.state.round < config.rounds:
-            advance(now, clients, method, config)
-        accuracy = evaluate_state(now.state, clients)["accuracy"]
-    return now.state, clients.data, accuracy
+    last = LastState()
+    history = run(config, progress=False, observers=[last])
+    return last.state, last.data, history["accuracy"].iloc[-1]
 
 
 def untouched(config: Config, mask: Tensor | None = None) -> tuple[ServerState, Dataset]:

@@ -1,8 +1,8 @@
-"""Record runs that are looked at on the way: `python tools/follow.py params/bound/lite.yaml`
+"""Record runs that are looked at on the way: `python tools/observe.py params/bound/lite.yaml`
 
-Follows every run of the queue, in order, and records it in a folder of its own (default: build/results/<look>/<name>).
+Runs the queue, in order, and records each run in a folder of its own (default: build/results/<look>/<name>).
 What is looked at: `bound`, the terms of the convergence bound, or `merging`, how local models merge. What is there
-already costs nothing; an interrupted run goes on from the last row that was due. One line per run on stdout.
+already costs nothing; an interrupted run goes on from its last checkpoint. One line per run on stdout.
 Exit code: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from feddip_lite.core.errors import ClientFailure, Diverged
+from feddip_lite.core.errors import guarded
 from feddip_lite.records.profiles import load_profile
 from feddip_lite.studies import merging
-from feddip_lite.studies.bound import path as bound_runs
-from feddip_lite.studies.followed import follow_all
+from feddip_lite.studies.bound import path
+from feddip_lite.studies.trajectory import record_all
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,25 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     given = parser.parse_args(arguments)
     folder = given.results or Path("build/results") / given.look / given.queue.stem
-    how = {"bound": partial(bound_runs.follow, progress=not given.quiet), "merging": merging.follow}[given.look]
-    try:
+    how = {"bound": partial(path.record_path, progress=not given.quiet), "merging": merging.record_merging}[given.look]
+
+    def work() -> int:
         queue = load_profile(given.queue)
         if given.workers is not None:
             queue = [replace(config, workers=given.workers) for config in queue]
-        follow_all(queue, folder, how)
-    except (ClientFailure, Diverged) as error:
-        return _say(error, 1)
-    except (ValueError, FileNotFoundError) as error:
-        return _say(error, 2)
-    except OSError as error:
-        return _say(error, 1)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from the last row that was due", 130)
-    return 0
+        record_all(queue, folder, how)
+        return 0
 
-
-def _say(message: object, status: int) -> int:
-    print(f"tools/follow.py: {' '.join(str(message).split())}", file=sys.stderr)
+    status, line = guarded(work)
+    if line:
+        print(f"tools/observe.py: {line}", file=sys.stderr)
     return status
 
 

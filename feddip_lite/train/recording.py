@@ -1,0 +1,74 @@
+"""What a run leaves in a folder: history, circumstances, last mask and model; and how that is found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ..config import Config
+from ..core.errors import Diverged
+from ..core.flat import Layout, sha256_of
+from ..core.sparsity import kept_per_layer
+from ..core.state import ServerState
+from ..records.kept_model import model_file
+from ..records.provenance import provenance
+from ..records.store import read_run, save_run
+from .observe import Run
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The usual record of a run, in `folder`: `<run_id>.csv`, `.json`, `.mask` and `.safetensors`."""
+
+    folder: Path
+
+    def stored(self, config: Config) -> pd.DataFrame | None:
+        """The history of a run that is recorded here, or None. Raises Diverged if it is recorded as diverged."""
+        stored = read_run(self.folder, config.run_id)
+        if stored is None:
+            return None
+        history, record = stored
+        if broken := record.get("diverged"):
+            path = self.folder / f"{config.run_id}.json"
+            remedy = f"delete {path} to go on from its last checkpoint, if there is one, or run again"
+            raise Diverged(f"{config.run_id} diverged when it was recorded: {broken['reason']}; {remedy}")
+        return history
+
+    def save(self, run: Run, diverged: Mapping | None = None) -> None:
+        """Record a run that has ended; one that broke down has `diverged`, {round, reason}, and leaves no model."""
+        left = {"diverged": diverged} if diverged else left_by(run.method.layout, run.state)
+        save_run(self.folder, run.config, run.history(), facts_of(run), run.progress.skipped, **left)
+
+
+def facts_of(run: Run) -> dict:
+    """A run's provenance: versions and hardware, data, checksums of its state, time."""
+    data, state, clients = run.clients.data, run.state, run.clients
+    return provenance(
+        state.weights.device,
+        clients.workers.slots,
+        precision=run.config.precision,
+        data={"source": data.source, "variant": data.variant, "sha256": data.sha256},
+        **clients.facts(),
+        state_sha256={
+            **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},
+            "memory": sha256_of(state.memory),
+            "clients": {client: clients.digest(memory) for client, memory in sorted(state.memories.items())},
+        },
+        wall_seconds=run.progress.wall_seconds,
+    )
+
+
+def left_by(layout: Layout, state: ServerState) -> dict:
+    """What a run leaves of its final state, as `save_run` takes it: layer by layer, the mask, the model's file."""
+    file = model_file(layout, state.weights, state.mask, state.buffers)
+    return {"layers": layers_of(layout, state), "mask": state.mask, "model": file}
+
+
+def layers_of(layout: Layout, state: ServerState) -> list[dict]:
+    """{name, shape, kept} of each prunable tensor: how many of its weights are not zero in the sparse model w*m."""
+    kept = kept_per_layer(layout, state.weights[: layout.prunable] * state.mask != 0)
+    slots = zip(layout.prunable_slots, kept, strict=True)
+    return [{"name": slot.name, "shape": list(slot.shape), "kept": count} for slot, count in slots]
