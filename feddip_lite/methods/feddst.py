@@ -17,7 +17,7 @@ from ..core.seeds import torch_generator
 from ..core.settings import flag, one_of, real, setting
 from ..core.sparsity import erk_densities, kept_per_layer, layerwise_mask, random_mask
 from ..core.state import Memory
-from .base import About, Method, Replies, mean_buffers, message_of, samples_of
+from .base import About, Method, Replies, expect_mask, mean_buffers, message_of, samples_of
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ class FedDST(Method):
         kept = kept_per_layer(self.layout, mask)
         missing = [max(0, count - now) for count, now in zip(self.counts, kept, strict=True)]
         return mask | layerwise_mask(self.layout, strength(gradient, ~mask), missing)
+
+    def accept(self, state, reply: Message, t: int) -> None:
+        super().accept(state, reply, t)
+        if self.share(t) and not state.mask.all():
+            expect_mask(reply)
 
     def merge(self, state, replies: Replies, t: int):
         if all(reply.mask is None for reply in replies.values()):

@@ -162,7 +162,7 @@ class FedLP(Method):
             expect(reply, dropped=len(self.tensors))
         sizes = [self.sizes(kept) for kept in self.parts_of(reply)]
         statistics = len(reply.extras["buffers"]) if "buffers" in reply.extras else 0
-        found = 0 if reply.values is None else len(reply.values), statistics
+        found = None if reply.values is None else len(reply.values), statistics
         if found not in sizes:
             shown = " or ".join(f"{values} and {buffers}" for values, buffers in sizes)
             raise ValueError(f"values: {found[0]} of them, and {found[1]} buffers; expected {shown}")

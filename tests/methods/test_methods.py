@@ -73,6 +73,33 @@ def test_merge_leaves_state_and_replies_unchanged(layout, name, preset, t):
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
+def without_each_part(reply):
+    """The reply without one of its parts, or with other counts in it; samples and loss are all methods' affair."""
+    own = {name: part for name, part in reply.extras.items() if name not in ("samples", "loss")}
+    if reply.values is not None:
+        yield replace(reply, values=None)
+        yield replace(reply, values=torch.cat([reply.values, reply.values[:1], torch.zeros(1)]))
+    if reply.mask is not None:
+        yield replace(reply, mask=None)
+    for name, part in own.items():
+        if name != "dropped":
+            yield replace(reply, extras={other: them for other, them in reply.extras.items() if other != name})
+        yield replace(reply, extras={**reply.extras, name: part[:-1]})
+
+
+@pytest.mark.parametrize("t", [0, 1])
+@pytest.mark.parametrize(("name", "preset"), VARIANTS)
+def test_a_method_accepts_what_its_clients_send_and_nothing_that_lacks_a_part(layout, name, preset, t):
+    method = build_method(tiny_config(method=name, preset=preset).resolved(), layout)
+    state = started(method, random_bools(layout.prunable), t)
+    for reply in answers(method, state).values():
+        method.accept(state, reply, t)
+        method.merge(state, {0: reply}, t)  # what is accepted can be merged
+        for damaged in without_each_part(reply):
+            with pytest.raises(ValueError, match=r"values|mask|the reply's"):
+                method.accept(state, damaged, t)
+
+
 def test_statistics_without_batchnorm_stay_empty(layout):
     state = replace(state_of(layout), buffers=torch.zeros(0))
     assert mean_buffers(state, {0: reply_of(torch.zeros(3), 1)}).numel() == 0
