@@ -164,7 +164,7 @@ class FlatModel:
     """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
 
     Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`;
-    `arithmetic` computes loss and gradient at `weights`; `pause` is called where a job may let others go first.
+    `kernels` compute loss and gradient at `weights`; `pause` is called where a job may let others go first.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
@@ -184,7 +184,7 @@ class FlatModel:
             slot.of(self.buffers).copy_(statistics[slot.name])
             owner, _, name = slot.name.rpartition(".")
             setattr(module.get_submodule(owner), name, slot.of(self.buffers))
-        self.arithmetic = Autograd(self.module, self.gradient)
+        self.kernels = Autograd(self.module, self.gradient)
         self.pause = _go_on
 
     def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:

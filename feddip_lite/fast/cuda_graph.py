@@ -2,7 +2,7 @@
 
 A LeNet-5 step is some sixty small kernels, each of which takes longer to launch than to run. What is recorded reads
 and writes fixed memory: batches are copied in, the weights are the model's flat vector, the gradient its flat
-gradient. Chosen by `arithmetic.fastest_arithmetic` on CUDA devices.
+gradient. Chosen by `choose.fastest_kernels` on CUDA devices.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recording:
     replay: Callable[[], None]
 
 
-class Captured:
+class CudaGraph:
     """`loss_and_gradient` of any module by recordings, one per batch shape and mode (the short last batch has its own).
 
     Args:

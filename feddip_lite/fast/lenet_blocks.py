@@ -1,6 +1,6 @@
 """LeNet-5 written out in block form: the same function as `models.LeNet5`, and its gradient, in fewer milliseconds.
 
-Nothing needs this file: it is chosen by `arithmetic.fastest_arithmetic` on a CPU, tested equal, and can be deleted.
+Nothing needs this file: it is chosen by `choose.fastest_kernels` on a CPU, tested equal, and can be deleted.
 
 A convolution library wastes most of its vector lanes on 1 -> 6 and 6 -> 16 channels. In block form a convolution
 computes the four outputs that a 2x2 pool will compare, and both parities of the pooled row, as channels of one wider

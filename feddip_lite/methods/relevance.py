@@ -46,7 +46,7 @@ def gradient_activation(model: FlatModel, images: Tensor, labels: Tensor) -> Ten
 
     Arguments as above; signed, too.
     """
-    model.arithmetic.loss_and_gradient(images, labels)
+    model.kernels.loss_and_gradient(images, labels)
     return model.weights * model.gradient
 
 

@@ -22,13 +22,13 @@ from ..train.recording import Recording, facts_of
 from ..train.round import RoundRecord
 from ..train.run import execute
 
-COLUMNS = ("round", "accuracy", "sparsity", "lr", "penalty", "up_bytes", "down_bytes")
+STATE_COLUMNS = ("round", "accuracy", "sparsity", "lr", "penalty", "up_bytes", "down_bytes")
 """Of every trajectory, before its own and `seconds`. `lr` and `penalty` are those of the round to come, bytes those of
 the round before; `accuracy`, on the test set, is there in the rows that are due; `seconds` is the row's time."""
 
 
 class Trajectory(Observer):
-    """The rows of a run's states. A study says with `state_columns` and `round_columns` what is in them beyond COLUMNS.
+    """The rows of a run's states: STATE_COLUMNS and, by `state_columns` and `round_columns`, what a study adds.
 
     A row begins with its state and is completed by the round that follows; so both may look, and what a checkpoint
     holds is enough to go on from.
@@ -86,7 +86,7 @@ class Table(Recording):
     def save(self, run: Run, diverged: Mapping | None = None) -> None:
         if diverged:  # there is no bound, and no merging, to speak of
             return
-        rows = pd.DataFrame(self.trajectory.rows(run), columns=[*COLUMNS, *self.trajectory.columns, "seconds"])
+        rows = pd.DataFrame(self.trajectory.rows(run), columns=[*STATE_COLUMNS, *self.trajectory.columns, "seconds"])
         save_table(self.folder, run.config, rows, **self.about, provenance=facts_of(run), skipped=run.progress.skipped)
 
 
@@ -97,7 +97,7 @@ def record_trajectory(config: Config, folder: str | Path, trajectory: Trajectory
     `about` is recorded, but is no part of the run's identity.
 
     Returns:
-        T + 1 rows of COLUMNS, the trajectory's own columns and `seconds`.
+        T + 1 rows of STATE_COLUMNS, the trajectory's own columns and `seconds`.
 
     Raises:
         ValueError: bad input or damaged files; a loss is not finite. ClientFailure: as `run`.

@@ -68,7 +68,7 @@ def local_update(
         if plan.mode != "train":
             losses.append(_loss(model, images, labels))
             continue
-        losses.append(model.arithmetic.loss_and_gradient(images, labels))
+        losses.append(model.kernels.loss_and_gradient(images, labels))
         if plan.dense_statistics:
             _feed(model, w, images, statistics)
         if squares is not None:
@@ -100,7 +100,7 @@ def _feed(model: FlatModel, dense: Tensor, images: Tensor, statistics: Tensor) -
     model.weights.copy_(dense)
     model.buffers.copy_(statistics)
     with torch.no_grad():
-        model.arithmetic.logits(images)
+        model.kernels.logits(images)
     statistics.copy_(model.buffers)
     model.weights.copy_(masked)
 
@@ -116,7 +116,7 @@ def see_test_images(
     model.module.train()
     with torch.no_grad():
         for batch in indices.split(config.batch_size):
-            model.arithmetic.logits(normalise(data.test_images[batch], data))
+            model.kernels.logits(normalise(data.test_images[batch], data))
     return replace(result, buffers=model.buffers.clone())
 
 
@@ -146,14 +146,14 @@ def _mean_loss(losses: list[Tensor], sizes: list[int], weights: Tensor) -> tuple
 
 def _loss(model: FlatModel, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        return F.cross_entropy(model.arithmetic.logits(images), labels)
+        return F.cross_entropy(model.kernels.logits(images), labels)
 
 
 def _with_gradient(result: LocalResult, model: FlatModel, batches: Iterator) -> LocalResult:
     """`result` with the mean gradient over the samples of `batches`; and their losses, if nothing was trained."""
     total, losses, sizes = torch.zeros_like(model.gradient), [], []
     for images, labels in batches:
-        losses.append(model.arithmetic.loss_and_gradient(images, labels))
+        losses.append(model.kernels.loss_and_gradient(images, labels))
         sizes.append(len(labels))
         total.add_(model.gradient, alpha=len(labels))
     result = replace(result, gradient=total.div_(sum(sizes)))

@@ -38,7 +38,7 @@ def evaluate(
     with torch.inference_mode():
         for batch in indices.split(EVALUATION_BATCH if indices.device.type == "cpu" else len(indices)):
             labels = data.test_labels[batch][:, None]
-            logits = model.arithmetic.logits(normalise(data.test_images[batch], data))
+            logits = model.kernels.logits(normalise(data.test_images[batch], data))
             losses.append(F.cross_entropy(logits, labels[:, 0], reduction="none"))
             true = logits.gather(1, labels)
             earlier = torch.arange(logits.shape[1], device=logits.device) < labels

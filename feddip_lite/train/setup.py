@@ -33,10 +33,10 @@ from .round import Clients
 from .workers import Workers, keep_freed_memory, num_workers
 
 try:
-    from ..fast.choose import fastest_arithmetic as arithmetic_of
+    from ..fast.choose import fastest_kernels as kernels_of
 except ModuleNotFoundError:  # without the folder `fast` everything works, slower
 
-    def arithmetic_of(model: FlatModel, size: int, precision: str) -> Autograd:
+    def kernels_of(model: FlatModel, size: int, precision: str) -> Autograd:
         """What computes the loss and gradient of `model`."""
         return Autograd(model.module, model.gradient, precision)
 
@@ -78,13 +78,13 @@ def prepare(
 
     def worker_model():
         model = FlatModel(build(), layout, device)
-        model.arithmetic = arithmetic_of(model, size, config.precision)
+        model.kernels = kernels_of(model, size, config.precision)
         return model
 
     def scratch(depth=None):  # lives for one job at most, too short to be worth a faster arithmetic
         module = empty_model(config.model, depth, **shape, device=device)
         model = FlatModel(module, layout if depth is None else Layout.of(module), device)
-        model.arithmetic = Autograd(module, model.gradient, config.precision)
+        model.kernels = Autograd(module, model.gradient, config.precision)
         return model
 
     layout = layout_of(build(), config, (channels, size, size))

@@ -25,7 +25,7 @@ def test_stored_gradients_are_those_of_stock_layers(name, channels):
     model = FlatModel(module, Layout.of(module))
     images, labels = torch.rand(6, channels, 32, 32), torch.randint(10, (6,))
     model.gradient.fill_(7.0)
-    loss = model.arithmetic.loss_and_gradient(images, labels)
+    loss = model.kernels.loss_and_gradient(images, labels)
     expected = nn.functional.cross_entropy(stock(images), labels)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
@@ -37,12 +37,12 @@ def test_stored_gradients_are_those_of_stock_layers(name, channels):
 def test_a_second_call_overwrites_the_first(precision):
     module = build_model("alexnet", classes=10, width=0.1, channels=3, size=32).eval()
     model = FlatModel(module, Layout.of(module))
-    arithmetic = Autograd(module, model.gradient, precision)
+    kernels = Autograd(module, model.gradient, precision)
     images, labels = torch.rand(6, 3, 32, 32), torch.randint(10, (6,))
-    arithmetic.loss_and_gradient(images, labels)
+    kernels.loss_and_gradient(images, labels)
     once = model.gradient.clone()
-    arithmetic.loss_and_gradient(1 - images, labels)
-    arithmetic.loss_and_gradient(images, labels)
+    kernels.loss_and_gradient(1 - images, labels)
+    kernels.loss_and_gradient(images, labels)
     assert torch.equal(model.gradient, once)
 
 

@@ -7,7 +7,7 @@ from feddip_lite.config import Config
 from feddip_lite.core.autograd import Autograd
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.models import Dropout, build_model
-from feddip_lite.fast.cuda_graph import Captured, record_cuda_graph
+from feddip_lite.fast.cuda_graph import CudaGraph, record_cuda_graph
 from feddip_lite.methods.registry import METHODS, settings_of
 from feddip_lite.train.evaluate import evaluate_state
 from feddip_lite.train.failures import check_client
@@ -91,11 +91,11 @@ def test_recorded_graphs_compute_what_autograd_computes(model):
     images = torch.rand(7, 1 if model == "lenet5" else 3, 32, 32, device="cuda")
     labels = torch.randint(10, (7,), device="cuda")
     results = []
-    for arithmetic in (Captured(both, "float32", record_cuda_graph), Autograd(both.module, both.gradient)):
+    for kernels in (CudaGraph(both, "float32", record_cuda_graph), Autograd(both.module, both.gradient)):
         for layer in both.module.modules():
             if isinstance(layer, Dropout):
                 layer.generator.manual_seed(3)
-        loss = arithmetic.loss_and_gradient(images, labels)
+        loss = kernels.loss_and_gradient(images, labels)
         results.append((float(loss), both.gradient.clone()))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-3)

@@ -10,7 +10,7 @@ from feddip_lite.core.autograd import Autograd
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.models import build_model
 from feddip_lite.core.plan import LocalPlan
-from feddip_lite.fast.cuda_graph import Captured
+from feddip_lite.fast.cuda_graph import CudaGraph
 from feddip_lite.train.client import local_update
 
 
@@ -48,7 +48,7 @@ def test_training_by_recordings_is_training_by_autograd_to_the_bit(kind, model):
     torch.manual_seed(5)
     plain = trained(models[0])
     torch.manual_seed(5)
-    models[1].arithmetic = Captured(models[1], "float32", Recorder())
+    models[1].kernels = CudaGraph(models[1], "float32", Recorder())
     recorded = trained(models[1])
     assert torch.equal(recorded.weights, plain.weights)
     assert torch.equal(recorded.buffers, plain.buffers)
@@ -57,7 +57,7 @@ def test_training_by_recordings_is_training_by_autograd_to_the_bit(kind, model):
 
 def test_every_batch_shape_is_recorded_once(model):
     recorder = Recorder()
-    model.arithmetic = Captured(model, "float32", recorder)
+    model.kernels = CudaGraph(model, "float32", recorder)
     trained(model)
     assert recorder.recorded == 2  # batches of 5 and the last of 2
     trained(model)
@@ -65,7 +65,7 @@ def test_every_batch_shape_is_recorded_once(model):
 
 
 def test_losses_of_different_steps_do_not_share_memory(model):
-    captured = Captured(model, "float32", Recorder())
+    captured = CudaGraph(model, "float32", Recorder())
     images, labels = torch.rand(3, 1, 6, 6), torch.tensor([0, 1, 2])
     first = captured.loss_and_gradient(images, labels)
     value = first.clone()
@@ -78,4 +78,4 @@ def test_logits_are_the_modules(model):
     images = torch.rand(3, 1, 6, 6)
     model.module.eval()
     expected = Autograd(model.module, model.gradient).logits(images)
-    assert torch.equal(Captured(model, "float32", Recorder()).logits(images), expected)
+    assert torch.equal(CudaGraph(model, "float32", Recorder()).logits(images), expected)

@@ -8,7 +8,7 @@ from feddip_lite.core.autograd import Autograd
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.linear import WORTH_IT, linear, linear_gradients_
 from feddip_lite.core.models import build_model
-from feddip_lite.fast.choose import fastest_arithmetic
+from feddip_lite.fast.choose import fastest_kernels
 from feddip_lite.fast.lenet_blocks import BlockLeNet5
 
 
@@ -28,9 +28,9 @@ def batch(count=9, channels=1, size=28, classes=10):
 def both(model, images, labels):
     """((loss, gradient) by autograd, the same in block form); the gradient's memory holds rubbish before."""
     results = []
-    for arithmetic in (Autograd(model.module, model.gradient), BlockLeNet5(model)):
+    for kernels in (Autograd(model.module, model.gradient), BlockLeNet5(model)):
         model.gradient.fill_(float("nan"))
-        loss = arithmetic.loss_and_gradient(images, labels)
+        loss = kernels.loss_and_gradient(images, labels)
         results.append((loss.clone(), model.gradient.clone()))
     return results
 
@@ -65,14 +65,14 @@ def test_dead_network_has_a_gradient_of_its_last_bias_alone():
 @pytest.mark.parametrize("count", [1, 48, 128])
 def test_a_batch_is_the_mean_of_its_samples_whatever_came_before(count):
     model = lenet(0.5)
-    arithmetic = BlockLeNet5(model)
+    kernels = BlockLeNet5(model)
     images, labels = batch(count)
-    arithmetic.loss_and_gradient(*batch(17))
-    loss = arithmetic.loss_and_gradient(images, labels)
+    kernels.loss_and_gradient(*batch(17))
+    loss = kernels.loss_and_gradient(images, labels)
     whole, total = model.gradient.clone(), torch.zeros_like(model.gradient)
     losses = []
     for k in range(count):
-        losses.append(arithmetic.loss_and_gradient(images[k : k + 1], labels[k : k + 1]))
+        losses.append(kernels.loss_and_gradient(images[k : k + 1], labels[k : k + 1]))
         total += model.gradient
     torch.testing.assert_close(whole, total / count, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(loss, torch.stack(losses).mean())
@@ -80,20 +80,20 @@ def test_a_batch_is_the_mean_of_its_samples_whatever_came_before(count):
 
 def test_weights_are_read_anew_at_every_call():
     model = lenet(0.5)
-    arithmetic = BlockLeNet5(model)
+    kernels = BlockLeNet5(model)
     images, labels = batch()
-    arithmetic.loss_and_gradient(images, labels)
+    kernels.loss_and_gradient(images, labels)
     model.load(0.1 * torch.randn(model.layout.size), None)
-    torch.testing.assert_close(arithmetic.logits(images), model.module(images).detach(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(kernels.logits(images), model.module(images).detach(), atol=1e-4, rtol=1e-5)
 
 
 def test_only_a_lenet_in_float32_whose_images_divide_into_blocks_is_taken_over():
     model = lenet()
-    assert isinstance(fastest_arithmetic(model, 28, "float32"), BlockLeNet5)
-    assert isinstance(fastest_arithmetic(model, 28, "bf16"), Autograd)
-    assert isinstance(fastest_arithmetic(lenet(size=30), 30, "float32"), Autograd)
+    assert isinstance(fastest_kernels(model, 28, "float32"), BlockLeNet5)
+    assert isinstance(fastest_kernels(model, 28, "bf16"), Autograd)
+    assert isinstance(fastest_kernels(lenet(size=30), 30, "float32"), Autograd)
     module = build_model("alexnet", classes=10, width=0.05, channels=3, size=32)
-    assert isinstance(fastest_arithmetic(FlatModel(module, Layout.of(module)), 32, "float32"), Autograd)
+    assert isinstance(fastest_kernels(FlatModel(module, Layout.of(module)), 32, "float32"), Autograd)
 
 
 @pytest.mark.parametrize("outputs", [1, WORTH_IT // 64])  # either side of the size from which oneDNN is taken

@@ -69,7 +69,7 @@ def test_three_masked_rounds_equal_the_published_code(stock):
 
 
 def use_stock_operators(model):
-    model.arithmetic = Autograd(model.module, model.gradient)
+    model.kernels = Autograd(model.module, model.gradient)
 
 
 def test_the_file_has_a_round_that_chooses_a_mask_and_steps_far_above_the_tolerance():

@@ -192,7 +192,7 @@ def test_objective_is_the_trained_loss_with_penalty_and_weight_decay():
     model.load(weights, None, f.buffers)
     model.module.eval()
     data = tiny_data()
-    expected = model.arithmetic.loss_and_gradient(data.train_images / 255, data.train_labels)
+    expected = model.kernels.loss_and_gradient(data.train_images / 255, data.train_labels)
     add_norm_gradient_(model.gradient, weights, model.layout, 0.3)
     model.gradient.add_(weights, alpha=0.1)
     norms = sum(slot.of(weights).norm() for slot in model.layout.prunable_slots)

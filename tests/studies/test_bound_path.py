@@ -19,7 +19,7 @@ from feddip_lite.report.style import save_figure
 from feddip_lite.studies.bound import figures as bound_figures
 from feddip_lite.studies.bound import path as bound_runs
 from feddip_lite.studies.bound.estimators import Objective, assemble, estimate, pruning_distance
-from feddip_lite.studies.bound.path import COLUMNS, ESTIMATES, record_path
+from feddip_lite.studies.bound.path import ESTIMATES, PATH_COLUMNS, record_path
 from feddip_lite.studies.bound.tables import (
     TERMS,
     bound_of,
@@ -92,7 +92,7 @@ def test_f_holds_penalty_and_weight_decay_in_the_theorems_setting_alone(tmp_path
 def test_what_is_recorded_is_not_computed_again(tmp_path, monkeypatch):
     config = tiny_config(**SHORT)
     first = record_path(config, tmp_path, **COARSE)
-    assert list(first) == list(COLUMNS)
+    assert list(first) == list(PATH_COLUMNS)
     assert names(tmp_path) == [f"{config.run_id}.csv", f"{config.run_id}.json"]
     monkeypatch.setattr(rounds, "prepare", None)  # whoever computes, fails
     assert record_path(config, tmp_path, **COARSE).equals(first)
@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on_from_its_last_estimates_to_the_same_bits(tmp
 
 
 def test_no_column_has_the_name_of_a_setting_that_is_read_beside_it():
-    assert set(COLUMNS) & FIELDS == {"lr"}  # which `load_results` calls initial_lr
+    assert set(PATH_COLUMNS) & FIELDS == {"lr"}  # which `load_results` calls initial_lr
 
 
 def test_local_steps_are_the_most_that_a_client_makes(tmp_path, federation):

@@ -16,7 +16,7 @@ from feddip_lite.records.profiles import load_profile
 from feddip_lite.records.store import ROOT, read_run, save_table
 from feddip_lite.studies.claims import claims_table
 from feddip_lite.studies.merging import MEASURES, alignment, per_run, record_merging, table
-from feddip_lite.studies.trajectory import COLUMNS
+from feddip_lite.studies.trajectory import STATE_COLUMNS
 
 THIRDS = torch.full((3,), 1 / 3, dtype=torch.float64)
 
@@ -56,7 +56,7 @@ def test_a_client_that_counts_for_two_is_two_clients():
 @pytest.mark.parametrize("method", ["fedavg", "feddip", "feddst"])
 def test_the_mean_of_local_models_is_the_servers_next_one_where_no_mask_changes(tmp_path, method):
     rows = record_merging(tiny_config(method=method, mask_interval=100 if method != "fedavg" else None), tmp_path)
-    assert list(rows) == [*COLUMNS, *MEASURES, "seconds"]
+    assert list(rows) == [*STATE_COLUMNS, *MEASURES, "seconds"]
     merged = (rows["members_accuracy"] + rows["merging_gain"]).iloc[1:-1]  # from round 1: in round 0 masks are chosen
     assert merged.tolist() == pytest.approx(rows["accuracy"].iloc[2:].tolist(), abs=1e-12)
     assert rows[list(MEASURES)].iloc[-1].isna().all() and rows["alignment"].iloc[:-1].between(0, 1).all()

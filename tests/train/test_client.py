@@ -198,7 +198,7 @@ def test_final_gradient_is_the_mean_gradient_at_the_masked_weights_after_trainin
     result = update(linear, plan)
     at = linear.layout.masked(result.weights, mask)
     linear.load(at, None)
-    linear.arithmetic.loss_and_gradient(normalise(DATA.train_images[INDICES], DATA), DATA.train_labels[INDICES])
+    linear.kernels.loss_and_gradient(normalise(DATA.train_images[INDICES], DATA), DATA.train_labels[INDICES])
     torch.testing.assert_close(result.gradient, linear.gradient)
     assert torch.equal(result.weights, update(linear, replace(plan, final_gradient=None)).weights)
     one_batch = update(linear, replace(plan, final_gradient="batch"))

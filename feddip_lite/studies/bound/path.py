@@ -18,7 +18,7 @@ from .. import trajectory
 from .estimators import Estimates, estimate, pruning_distance
 
 ESTIMATES = tuple(item.name for item in fields(Estimates))
-COLUMNS = (*trajectory.COLUMNS, "local_steps", *ESTIMATES[1:], "seconds")
+PATH_COLUMNS = (*trajectory.STATE_COLUMNS, "local_steps", *ESTIMATES[1:], "seconds")
 """`local_steps` is E_l, the most steps of a client; `loss` is f(w') on the training set."""
 SAMPLING = {"batches": 20, "curvature_samples": 1024, "iterations": 30}
 """What `estimators.estimate` is called with."""
@@ -30,7 +30,7 @@ class BoundPath(trajectory.Trajectory):
     `progress` shows a bar for each set of estimates; `sampling` as SAMPLING.
     """
 
-    columns = COLUMNS[len(trajectory.COLUMNS) : -1]
+    columns = PATH_COLUMNS[len(trajectory.STATE_COLUMNS) : -1]
 
     def __init__(self, progress: bool, **sampling):
         self.progress, self.sampling = progress, sampling
@@ -51,7 +51,7 @@ def record_path(config: Config, folder: str | Path, *, progress: bool = True, **
     """`record_trajectory` of a `BoundPath`; `sampling` changes SAMPLING, is recorded, but no part of the run's id.
 
     Returns:
-        T + 1 rows of COLUMNS.
+        T + 1 rows of PATH_COLUMNS.
 
     Raises:
         ValueError: bad input or damaged files; a loss is not finite. ClientFailure: as `run`.

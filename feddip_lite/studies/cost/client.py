@@ -24,7 +24,7 @@ from ...core.models import INPUT_SHAPES
 from ...data.datasets import fit_images, load_dataset, normalise
 from ...records.names import NAMES
 from ...train.client import local_update
-from ...train.setup import arithmetic_of, build_method, initial_state
+from ...train.setup import build_method, initial_state, kernels_of
 from ...train.workers import keep_freed_memory
 from .count import client_memory
 from .measure import model_name, untrained
@@ -72,7 +72,7 @@ def client(settings: Mapping, samples: int) -> dict[str, float]:
     before = _resident("VmRSS")
     module = untrained("digits", config.model, config.width)
     model = FlatModel(module, Layout.of(module))
-    model.arithmetic = arithmetic_of(model, images.shape[-1], config.precision)
+    model.kernels = kernels_of(model, images.shape[-1], config.precision)
     method = build_method(config, model.layout)
     plan = method.plan(method.offer(initial_state(method, model), ROUND, 0), {}, ROUND)
     times = []
