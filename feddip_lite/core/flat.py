@@ -131,7 +131,7 @@ class Layout:
         unprunable = self.size - self.prunable
         kept = self.prunable if mask is None else len(kept_indices(mask))
         count = 0 if values is None else values.numel()
-        if count not in (kept + unprunable, self.size):
+        if values is None or values.dim() != 1 or count not in (kept + unprunable, self.size):
             raise ValueError(f"values: {count} of them; expected {kept + unprunable} or all {self.size}")
         return kept
 
