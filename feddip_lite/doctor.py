@@ -24,6 +24,7 @@ FACTS = (
     "os", "cpu_info", "is_cuda_available", "nvidia_gpu_models", "nvidia_driver_version", "cuda_compiled_version",
     "cuda_runtime_version", "cudnn_version",
 )  # fmt: skip
+"""What of `torch.utils.collect_env` decides whether and how fast runs go."""
 MIN_FREE_GB = 1.0
 
 Finding = tuple[str, bool]
@@ -36,9 +37,10 @@ def report(root: str | os.PathLike | None = None) -> tuple[list[str], list[str]]
         root: folder of the data sets; None means $FEDDIP_DATA, else "data". Nothing is downloaded or written.
     """
     folder = Path(root if root is not None else os.environ.get("FEDDIP_DATA") or "data")
-    findings = [*_libraries(), *_notebooks(), *_disk(folder)]
+    findings = [*_libraries()]
     if not any(is_fault for _, is_fault in findings):
         findings += [*_machine(), *_data(folder)]
+    findings += [*_disk(folder), *_notebooks()]
     return tuple([sentence for sentence, is_fault in findings if is_fault == wanted] for wanted in (False, True))
 
 
@@ -81,7 +83,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def _machine() -> Iterator[Finding]:
-    """As torch reports it; CUDA that is not available beside a GPU and a driver means a torch built for others."""
+    """As torch reports it. CUDA that is not available beside a GPU and a driver: the torch is one for other machines."""
     commit = import_module("feddip_lite.records.provenance").commit()
     yield f"commit of feddip_lite: {commit}", False
     found = import_module("torch.utils.collect_env").get_env_info()
