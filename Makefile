@@ -8,7 +8,6 @@ CONSTRAINTS ?= constraints.txt
 
 PY        := .venv/bin/python
 READY     := .venv/.ready
-LAB       := .venv/.lab
 FLOWER    := .venv/.flower
 INSTALL   := $(PY) -m uv pip install --python $(PY) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
              $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
@@ -74,17 +73,18 @@ flower-test: $(FLOWER) ## all tests of the federation on Flower, with real proce
 bench: $(READY)  ## time the engine against stock operators
 	$(PY) benchmarks/engine.py
 
-lint: $(READY)   ## style, formatting, notebooks without outputs
+lint: $(READY)   ## style, formatting, layers, notebooks without outputs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports
 	$(if $(NOTEBOOKS),$(PY) -m nbstripout --keep-id --verify $(NOTEBOOKS))
 
-lab: $(LAB)      ## open the notebooks in JupyterLab
+lab: $(READY)    ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 clean:           ## remove what targets made, but keep .venv, data/ and build/results*
 	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name 'results*' -exec rm -rf {} +; fi
-	@rm -rf .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-env:       ## remove .venv (then: make setup)
@@ -98,10 +98,6 @@ $(READY): pyproject.toml $(wildcard constraints.txt)
 	  echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv --clear .venv; }
 	@$(PY) -m pip install --quiet --no-cache-dir --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) uv
 	$(INSTALL) -e ".[dev]"
-	@touch $@
-
-$(LAB): $(READY)
-	$(INSTALL) -e ".[dev,lab]"
 	@touch $@
 
 $(FLOWER): $(READY)

@@ -28,7 +28,7 @@ from feddip_lite.records.catalogue import recorded
 from feddip_lite.records.provenance import provenance
 from feddip_lite.records.store import ROOT, plain, read_mask
 from feddip_lite.studies.cost.client import CLIENTS, client_rows
-from feddip_lite.studies.cost.count import sparse_model
+from feddip_lite.studies.cost.export import sparse_model
 from feddip_lite.studies.cost.measure import inference_rows, largest_linear, layer_rows, model_name, sizes, untouched
 
 MODELS = (

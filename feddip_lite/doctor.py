@@ -1,7 +1,7 @@
 """What is installed here, what is missing and what is broken: `make doctor`, `python -m feddip_lite doctor`.
 
 Each check yields (sentence, is_fault). A fault is something that makes runs fail or lie; a missing GPU, data set or
-notebook tool is none. Only the standard library is imported at the top: a broken torch is reported, not suffered.
+notebook tool is none. Only the standard library is imported at the top: a broken library is reported, not suffered.
 """
 
 import os
@@ -13,17 +13,19 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 DISTRIBUTION = "feddip-lite"
+# Those that others build on come first: of libraries that cannot be imported, the first is named.
 NEEDS = (
     "numpy", "pandas", "scipy", "scikit-learn", "torch", "torchvision", "pyyaml", "matplotlib", "tqdm", "filelock",
     "safetensors",
 )  # fmt: skip
-NOTEBOOK_TOOLS = ("papermill", "nbconvert", "ipykernel", "nbmake")
+MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", DISTRIBUTION: "feddip_lite"}
+NOTEBOOK_TOOLS = ("papermill", "nbconvert", "ipykernel", "seaborn", "jupyterlab", "nbmake")
+FACTS = (
+    "os", "cpu_info", "is_cuda_available", "nvidia_gpu_models", "nvidia_driver_version", "cuda_compiled_version",
+    "cuda_runtime_version", "cudnn_version",
+)  # fmt: skip
+"""What of `torch.utils.collect_env` decides whether and how fast runs go."""
 MIN_FREE_GB = 1.0
-
-# Where load_dataset looks (design section 8). Looked at first: asking for a set that is not there would download it.
-_PARTS = ("images-idx3", "labels-idx1")
-_IDX = [f"FashionMNIST/raw/{half}-{part}-ubyte" for half in ("train", "t10k") for part in _PARTS]
-DATA_FILES = {"digits": [], "fashionmnist": _IDX, "cifar10": ["cifar10.npz"], "cifar100": ["cifar100.npz"]}
 
 Finding = tuple[str, bool]
 
@@ -35,11 +37,11 @@ def report(root: str | os.PathLike | None = None) -> tuple[list[str], list[str]]
         root: folder of the data sets; None means $FEDDIP_DATA, else "data". Nothing is downloaded or written.
     """
     folder = Path(root if root is not None else os.environ.get("FEDDIP_DATA") or "data")
-    lines, faults = [], []
-    for findings in (_python(), _libraries(), _torch(), _data(folder), _disk(folder), _notebooks()):
-        for sentence, is_fault in findings:
-            (faults if is_fault else lines).append(sentence)
-    return lines, faults
+    findings = [*_libraries()]
+    if not any(is_fault for _, is_fault in findings):
+        findings += [*_machine(), *_data(folder)]
+    findings += [*_disk(folder), *_notebooks()]
+    return tuple([sentence for sentence, is_fault in findings if is_fault == wanted] for wanted in (False, True))
 
 
 def main(root: str | os.PathLike | None = None) -> int:
@@ -58,71 +60,49 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _python() -> Iterator[Finding]:
-    yield f"python {sys.version.split()[0]}, {sys.executable}", False
-    installed = version(DISTRIBUTION) or "(run from its folder, not installed)"
-    try:
-        commit = import_module("feddip_lite.records.provenance").commit() or "no commit"
-    except Exception as error:  # a broken torch, which `_torch` names
-        commit = f"does not import ({_last_line(str(error))})"
-    yield f"feddip_lite {installed}, {commit}", False
-
-
 def _libraries() -> Iterator[Finding]:
-    yield "libraries: " + ", ".join(f"{name} {version(name) or 'missing'}" for name in NEEDS), False
-    for name in NEEDS:
-        if version(name) is None:
-            yield f"{name} is not installed: run `make setup`", True
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
+    """Versions, and the first library that cannot be imported, if any, else those whose version is not what the package
+    asks for. Tried in a fresh process: a torchvision that was built for another torch dies, and may take others along.
+    """
+    yield f"python {sys.version.split()[0]}, {sys.executable}", False
+    yield ", ".join(f"{name} {version(name) or 'missing'}" for name in (*NEEDS, DISTRIBUTION)), False
+    modules = [MODULES.get(name, name) for name in (*NEEDS, DISTRIBUTION)]
+    done = _python("-c", f"for name in {modules}: print(name, flush=True); __import__(name)")
+    if done.returncode:
+        reason = _last_line(done.stderr) or f"exit code {done.returncode}"
+        yield f"{_last_line(done.stdout)} does not import ({reason}): run `make clean-env setup`", True
         return
-    for text in metadata.requires(DISTRIBUTION) or [] if version(DISTRIBUTION) else []:
-        need = Requirement(text)
-        found = version(need.name) if need.marker is None else None  # extras are optional
-        if found and not need.specifier.contains(found, prereleases=True):
-            yield f"{need.name} {found} is installed, needed is {need.specifier}: run `make clean-env setup`", True
+    for line in _python("-m", "pip", "check").stdout.splitlines():
+        if line.startswith(f"{DISTRIBUTION} "):
+            yield f"{line} Run `make clean-env setup`", True
 
 
-def _torch() -> Iterator[Finding]:
-    try:
-        import torch
-    except Exception as error:
-        yield f"torch does not import ({_last_line(str(error))}): run `make clean-env setup`", True
-        return
-    gpu, built = import_module("feddip_lite.records.provenance").device_name(), torch.version.cuda or torch.version.hip
-    if gpu == "no GPU" and shutil.which("nvidia-smi"):
-        why = f"driver too old for CUDA {built}, or the GPU is hidden" if built else "this torch is a CPU build"
-        gpu += f" that torch can use, though nvidia-smi is here ({why})"
-    yield f"device: {gpu}", False
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"CPU: {cpus} cores for this process, {torch.get_num_threads()} torch threads", False
-    yield from _torchvision()
+def _python(*arguments: str) -> subprocess.CompletedProcess:
+    flags = ["-P"] * sys.flags.safe_path
+    return subprocess.run([sys.executable, *flags, *arguments], capture_output=True, text=True)
 
 
-def _torchvision() -> Iterator[Finding]:
-    """Import in a fresh process: a torchvision that was built for another torch dies, and may take others with it."""
-    if version("torchvision") is None:  # already said
-        return
-    code = "import torchvision; torchvision.ops.nms"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if child.returncode == 0:
-        yield "torch and torchvision fit together", False
-        return
-    reason = _last_line(child.stderr) or f"exit code {child.returncode}"
-    if "torchvision::" in reason:  # "operator torchvision::nms does not exist"
-        reason += "; the two were built for different devices"
-    yield f"torchvision does not import ({reason}): run `make clean-env setup`", True
+def _machine() -> Iterator[Finding]:
+    """As torch reports it. CUDA that is not available beside a GPU and a driver: torch is a build for others."""
+    commit = import_module("feddip_lite.records.provenance").commit()
+    yield f"commit of feddip_lite: {commit}", False
+    found = import_module("torch.utils.collect_env").get_env_info()
+    for name in FACTS:
+        lines = [" ".join(line.split()) for line in str(getattr(found, name)).splitlines()]
+        if name == "cpu_info":
+            lines = [line for line in lines if line.startswith(("CPU(s):", "Model name:"))]
+        yield f"{name.replace('_', ' ')}: {'; '.join(lines)}", False
 
 
 def _data(root: Path) -> Iterator[Finding]:
-    for name, files in DATA_FILES.items():
-        missing = [file for file in files if not (root / file).is_file()]
-        if files and len(missing) == len(files):
-            where = files[0].rsplit("/", 1)[0] if len(files) > 1 else files[0]
-            yield f"{name}: not found ({root / where}); downloaded at first use, or set FEDDIP_DATA", False
+    files = import_module("feddip_lite.data.files")
+    for name in files.IMAGE_SHAPES:
+        paths = set(files.files_of(name, root).values())
+        missing = sorted(path for path in paths if not path.is_file())
+        if missing and len(missing) == len(paths):
+            yield f"{name}: not found ({missing[0]}); downloaded at first use, or set FEDDIP_DATA", False
         elif missing:
-            yield f"{name}: incomplete, {root / missing[0]} is missing: add it or delete the others", True
+            yield f"{name}: incomplete, {missing[0]} is missing: add it or delete the others", True
         else:
             yield _load(name, root)
 

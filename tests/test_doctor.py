@@ -4,20 +4,22 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from feddip_lite import doctor
+from feddip_lite.data.files import files_of
 
 RAW = Path("FashionMNIST", "raw")
 
 
 def damaged_fashion_mnist(root):
     (root / RAW).mkdir(parents=True)
-    for file in doctor.DATA_FILES["fashionmnist"]:
-        (root / file).write_bytes(b"<html>not found</html>")
+    for path in files_of("fashionmnist", root).values():
+        path.write_bytes(b"<html>not found</html>")
     return root
 
 
@@ -29,7 +31,17 @@ def data_findings(root):
 def test_the_report_names_what_decides_a_result(tmp_path):
     lines, _ = doctor.report(tmp_path)
     text = "\n".join(lines)
-    for word in ("python 3.", "feddip_lite ", "numpy ", "torch ", "device: ", "CPU: ", "GB free", "notebook tools"):
+    for word in (
+        "python 3.",
+        "feddip-lite ",
+        "numpy ",
+        "torch ",
+        "commit ",
+        "CPU(s): ",
+        "cuda available: ",
+        "GB free",
+        "notebook",
+    ):
         assert word in text
     assert all("\n" not in line for line in lines)
 
@@ -37,6 +49,10 @@ def test_the_report_names_what_decides_a_result(tmp_path):
 def test_every_dependency_is_looked_at():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(doctor.NEEDS) == {Requirement(text).name for text in project["dependencies"]}
+    modules = metadata.packages_distributions()
+    for name in doctor.NEEDS:
+        found = [each.lower().replace("_", "-") for each in modules[doctor.MODULES.get(name, name)]]
+        assert found == [name]
 
 
 def test_a_missing_data_set_is_no_fault_and_is_not_downloaded(tmp_path):
@@ -69,22 +85,32 @@ def test_too_little_disk_is_a_fault(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "broken, reason",
+    "broken, error",
     [
-        ("torch", "torch does not import (libcudart.so: cannot open shared object file)"),
-        ("torchvision", "torchvision does not import (RuntimeError: operator torchvision::nms does not exist; the two"),
+        ("torch", 'OSError("libcudart.so: cannot open shared object file")'),
+        ("torchvision", 'RuntimeError("operator torchvision::nms does not exist")'),
+        ("yaml", "ModuleNotFoundError(\"No module named 'yaml'\")"),
     ],
 )
-def test_a_library_that_does_not_import_is_reported_not_suffered(tmp_path, broken, reason):
-    error = 'RuntimeError("operator torchvision::nms does not exist")'
-    if broken == "torch":
-        error = 'OSError("libcudart.so: cannot open shared object file")'
+def test_a_library_that_does_not_import_is_one_fault_in_one_line(tmp_path, broken, error):
     (tmp_path / f"{broken}.py").write_text(f"raise {error}\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FEDDIP_DATA": str(tmp_path)}
     command = [sys.executable, "-P", doctor.__file__]  # as `make doctor` does
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == ""
-    assert f"FAULT: {reason}" in done.stdout and "make clean-env setup" in done.stdout
+    (fault,) = (line for line in done.stdout.splitlines() if line.startswith("FAULT"))
+    reason = error.replace('("', ": ").removesuffix('")')
+    assert fault == f"FAULT: {broken} does not import ({reason}): run `make clean-env setup`"
+
+
+def test_a_library_of_another_version_than_the_package_asks_for_is_a_fault(tmp_path):
+    fake = tmp_path / "feddip_lite-9.dist-info"
+    fake.mkdir()
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: feddip-lite\nVersion: 9\nRequires-Dist: numpy>=99\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(doctor.__file__).parents[1]}"}
+    code = "from feddip_lite import doctor; print(*doctor._libraries(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert "feddip-lite 9 has requirement numpy>=99, but you have numpy" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.data

@@ -112,7 +112,7 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
 
 
 def dataset_of(name: str, arrays: Mapping[str, np.ndarray], source: str, sha256: str, variant: str) -> Dataset:
-    """The arrays `datafiles.KEYS` (images uint8, (N, H, W) or (N, H, W, 3)) with what data set `name` is scaled by."""
+    """The arrays `files.KEYS` (images uint8, (N, H, W) or (N, H, W, 3)) with what data set `name` is scaled by."""
     tensors = {}
     for part in ("train", "test"):
         images = torch.from_numpy(arrays[f"{part}_images"])

@@ -1,14 +1,15 @@
 """Where the arrays of a data set come from: files that are checked on every load, else a download that is kept.
 
-The readers are our own, so that neither torchvision nor scikit-learn is imported unless it is needed, and nothing is
-ever unpickled from a file of ours. Every refusal is one ValueError that names the file and the reason.
+Fashion-MNIST's files are read by torchvision, CIFAR's by numpy; neither torchvision nor scikit-learn is imported unless
+it is needed, and nothing is ever unpickled. Every refusal is one ValueError that names the file and the reason.
 """
 
 import hashlib
 import os
 import socket
-import struct
 import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,18 @@ def read_arrays(name: str, root: Path, classes: int) -> tuple[dict[str, np.ndarr
         ValueError: a damaged or malformed file.
         FileNotFoundError: files that are missing and cannot be downloaded.
     """
-    places = _places(name, root)
+    paths = files_of(name, root)
+    if not all(path.is_file() for path in paths.values()):
+        _download(name, root, paths)
     if name == "digits":
         arrays = _digits()
+    elif name == "fashionmnist":
+        from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor as read_idx
+
+        arrays = {key: _read(path, read_idx).numpy() for key, path in paths.items()}
     else:
-        if not all(path.is_file() for path in places.values()):
-            _download(name, root, places)
-        if name == "fashionmnist":
-            arrays = {key: _read_idx(path) for key, path in places.items()}
-        else:
-            arrays = _read_npz(places["train_images"])
-    _check(arrays, places, IMAGE_SHAPES[name], classes)
+        arrays = _read(paths["train_images"], _npz)
+    _check(arrays, paths or dict.fromkeys(KEYS, DIGITS), IMAGE_SHAPES[name], classes)
     sha256 = checksum(arrays)
     return arrays, sha256, _variant(name, sha256, root)
 
@@ -64,10 +66,10 @@ def checksum(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _places(name: str, root: Path) -> dict[str, Path | str]:
-    """Which file holds which of the four arrays."""
+def files_of(name: str, root: Path) -> dict[str, Path]:
+    """Which file holds which of the four arrays `KEYS`; empty for digits, which come with scikit-learn."""
     if name == "digits":
-        return dict.fromkeys(KEYS, DIGITS)
+        return {}
     if name == "fashionmnist":
         return {key: root / "FashionMNIST" / "raw" / file for key, file in zip(KEYS, IDX_FILES, strict=True)}
     return dict.fromkeys(KEYS, root / f"{name}.npz")
@@ -87,52 +89,36 @@ def _digits() -> dict[str, np.ndarray]:
     return dict(zip(KEYS, (images[~is_test], labels[~is_test], images[is_test], labels[is_test]), strict=True))
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """Read an IDX file: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, data."""
-    data = path.read_bytes()
-    ndim = int(path.name.split("-idx")[1][0])
-    head = 4 + 4 * ndim
-    if data[:4] != bytes((0, 0, 8, ndim)) or len(data) < head:
-        raise ValueError(f"{path}: not an IDX file of {ndim}-dimensional uint8 data{_looks_like(data)}")
-    shape = struct.unpack(f">{ndim}I", data[4:head])
-    expected = head + int(np.prod(shape, dtype=object))
-    if len(data) != expected:
-        raise ValueError(f"{path}: {len(data)} bytes, but its header announces {expected}; the file is cut or damaged")
-    return np.frombuffer(bytearray(data), dtype=np.uint8, offset=head).reshape(shape)
+def _read(path: Path, reader: Callable):
+    """`reader(path)`; ValueError, naming the file, whatever goes wrong."""
+    try:
+        return reader(path)
+    except Exception as error:  # torchvision, zipfile, zlib, ast and numpy raise a dozen different types on damage
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: damaged, or another kind of file ({_looks_like(path) or reason})") from error
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays `KEYS` of an npz file, which holds each once, in less than `MAX_NPZ_BYTES` together."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    names = [member.filename.removesuffix(".npy") for member in members]
+    if any(names.count(key) != 1 for key in KEYS):
+        raise ValueError(f"needs each of {', '.join(KEYS)} once, holds {', '.join(names) or 'nothing'}")
+    if sum(member.file_size for member in members) > MAX_NPZ_BYTES:
+        raise ValueError(f"unpacks to more than {MAX_NPZ_BYTES} bytes")
+    with np.load(path, allow_pickle=False) as archive:
+        return {key: np.asarray(archive[key]) for key in KEYS}  # a member that numpy does not know comes as its bytes
+
+
+def _looks_like(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(64)
-        file.seek(0)
-        if not start.startswith(b"PK"):
-            raise ValueError(f"{path}: not an npz file{_looks_like(start)}")
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                return _members(archive)
-        except Exception as error:  # zipfile, zlib, ast and numpy raise a dozen different types on damage
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path}: cannot be read ({reason})") from error
-
-
-def _members(archive) -> dict[str, np.ndarray]:
-    if any(archive.files.count(key) != 1 for key in KEYS):
-        raise ValueError(f"needs each of {', '.join(KEYS)} once, holds {', '.join(archive.files) or 'nothing'}")
-    if sum(member.file_size for member in archive.zip.infolist()) > MAX_NPZ_BYTES:
-        raise ValueError(f"unpacks to more than {MAX_NPZ_BYTES} bytes")
-    arrays = {key: archive[key] for key in KEYS}
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # numpy returns the bytes of a member that it does not know
-            raise ValueError(f"{key} is not an array")
-    return arrays
-
-
-def _looks_like(data: bytes) -> str:
-    if not data:
-        return " (it is empty)"
-    if data.lstrip()[:1] == b"<":
-        return " (it looks like an HTML page: the download was answered by a web page)"
-    return " (it is still compressed: run gunzip on it)" if data.startswith(b"\x1f\x8b") else ""
+    if not start:
+        return "it is empty"
+    if start.lstrip()[:1] == b"<":
+        return "it looks like an HTML page: the download was answered by a web page"
+    return "it is still compressed: run gunzip on it" if start.startswith(b"\x1f\x8b") else ""
 
 
 def _check(arrays: dict[str, np.ndarray], places: dict, image_shape: tuple[int, ...], classes: int) -> None:
@@ -170,7 +156,7 @@ def _variant(name: str, sha256: str, root: Path) -> str:
     return known or ("official" if words[1:] == ["official"] else "unrecognised")
 
 
-def _download(name: str, root: Path, places: dict[str, Path]) -> None:
+def _download(name: str, root: Path, paths: dict[str, Path]) -> None:
     """Fetch a data set with torchvision, which verifies it, and move it into place whole."""
     timeout = socket.getdefaulttimeout()
     try:
@@ -182,14 +168,14 @@ def _download(name: str, root: Path, places: dict[str, Path]) -> None:
             maker = {"fashionmnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
             train, test = (maker[name](folder, train=is_train, download=True) for is_train in (True, False))
             if name == "fashionmnist":
-                for path in places.values():
+                for path in paths.values():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(Path(folder, "FashionMNIST", "raw", path.name), path)
             else:
                 parts = (np.asarray(part, np.uint8) for part in (train.data, train.targets, test.data, test.targets))
-                save_npz(places["train_images"], dict(zip(KEYS, parts, strict=True)))
+                save_npz(paths["train_images"], dict(zip(KEYS, parts, strict=True)))
     except Exception as error:  # no torchvision, a broken one, no network, a full disk: the remedy is the same
-        missing = [str(path) for path in dict.fromkeys(places.values()) if not path.is_file()]
+        missing = [str(path) for path in dict.fromkeys(paths.values()) if not path.is_file()]
         raise FileNotFoundError(
             f"{name}: the download failed ({type(error).__name__}: {error}). Put the missing {', '.join(missing)} "
             "there by hand, or set FEDDIP_DATA to another folder that holds the data in this layout, "

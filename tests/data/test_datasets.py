@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_files import cifar_arrays
 
 from feddip_lite.data.datasets import (
     DATASETS,
@@ -76,9 +77,16 @@ def test_unknown_data_set_names_the_nearest_one():
         load_dataset("fashion-mnist")
 
 
-def test_importing_the_module_imports_neither_torchvision_nor_scikit_learn():
-    code = "import sys, feddip_lite.data; sys.exit(bool({'torchvision', 'sklearn'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_torchvision_and_scikit_learn_are_imported_by_the_data_sets_that_need_them_alone(tmp_path):
+    np.savez(tmp_path / "cifar10.npz", **cifar_arrays())
+    code = f"""
+import sys, feddip_lite.data.datasets as datasets
+def loaded(): return [name for name in ("sklearn", "torchvision") if name in sys.modules]
+datasets.load_dataset("cifar10", {str(tmp_path)!r}); print(loaded())
+datasets.load_dataset("digits"); print(loaded())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "['sklearn']"]
 
 
 def test_to_moves_the_four_tensors_and_keeps_the_rest(digits):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAST, flags, interrupted, read_outputs, tiny_config
-from test_files import cifar_arrays, write_fashion
+from test_files import cifar_arrays, fashion_arrays, write_fashion
 from test_store import history_of
 
 from feddip_lite import load_results, run
@@ -86,8 +86,7 @@ def test_damaged_result_is_refused(tmp_path, kind):
 @pytest.mark.parametrize("key", KEYS)
 def test_damaged_idx_file_is_refused(tmp_path, monkeypatch, key):
     paths = write_fashion(tmp_path)
-    arrays = {name: datafiles._read_idx(path) for name, path in paths.items()}
-    monkeypatch.setitem(datafiles.KNOWN["fashionmnist"], checksum(arrays), "official")
+    monkeypatch.setitem(datafiles.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
     every_damage_is_refused(paths[key], lambda: load_dataset("fashionmnist", tmp_path), paths[key].parent)
 
 
@@ -264,10 +263,10 @@ def test_pickle_in_a_data_file_is_not_run(tmp_path, whole):
     trap = Exploit(tmp_path / "trap")
     content = pickle.dumps(trap) if whole else npy(np.array([trap] * 6, dtype=object))
     archive(tmp_path / "cifar10.npz", {**members(), "train_labels.npy": content})
-    with pytest.raises(ValueError, match="cifar10.npz: cannot be read"):
+    with pytest.raises(ValueError, match="cifar10.npz: .*(damaged|must be uint8)"):
         load_dataset("cifar10", tmp_path)
     (tmp_path / "cifar10.npz").write_bytes(pickle.dumps(trap))
-    with pytest.raises(ValueError, match="cifar10.npz: not an npz file"):
+    with pytest.raises(ValueError, match="cifar10.npz: damaged"):
         load_dataset("cifar10", tmp_path)
     assert not (tmp_path / "trap").exists()
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from feddip_lite.core.flat import Layout
 from feddip_lite.core.models import build_model
+from feddip_lite.records.kept_model import model_file
 from feddip_lite.studies.cost import measure as cost_runs
 from feddip_lite.studies.cost.client import client_rows
-from feddip_lite.studies.cost.count import flops, packed_bytes, sparse_model, training_flops
+from feddip_lite.studies.cost.count import flops, packed_bytes, training_flops
+from feddip_lite.studies.cost.export import sparse_model
 from feddip_lite.studies.cost.measure import (
     BOTH,
     CSR,
@@ -94,7 +96,8 @@ def test_sizes_are_those_of_mask_message_and_file(name):
     assert row["sparsity"] == pytest.approx(1 - row["kept"] / row["prunable"])
     assert row["message"] == packed_bytes(layout, state) < row["dense_message"]
     assert row["flops"] == sum(flops(layout, state.mask).values()) < row["dense_flops"] == sum(flops(layout).values())
-    assert 4 * layout.size < row["dense_file"] and row["file"] <= row["dense_file"]
+    assert row["file"] == len(model_file(layout, state.weights, state.mask, state.buffers)) < row["dense_file"]
+    assert 4 * (layout.size + layout.buffer_size) < row["dense_file"]
     parts = ({}, {"mask": state.mask, "error_feedback": True}, {"mask": state.mask})
     by_hand = [training_flops(layout, config, 1, **part)["total"] for part in parts]
     assert [row[f"training_{name}"] for name in ("dense", "feedback", "masked")] == by_hand

@@ -1,9 +1,9 @@
-"""What a model costs: operations, memory, bytes and milliseconds, dense and sparse; and a pruned model as a file.
+"""What a model costs: operations, memory, bytes and milliseconds, dense and sparse.
 
 One FLOP is one multiplication or one addition. Counted are the weights of convolutions and linear layers, the padding
 of a convolution included; biases, activations, pooling, BatchNorm and the SGD step (a few operations per weight and
 step) are left out. What unstructured sparsity saves in FLOPs is time only where kernels skip zeros: `latency` measures
-it. Read before: `core/flat.py`, `shrink.py`; the file is `export.py`'s. Read next: `measure.py`.
+it. Read before: `core/flat.py`, `shrink.py`. Read next: `measure.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from ...config import Config
 from ...core.flat import Layout
 from ...core.message import Message, encode
 from ...core.state import ServerState
-from .export import export, load_exported, sparse_model
-
-__all__ = ["activation_bytes", "client_memory", "export", "flops", "latency", "load_exported", "packed_bytes"]
-__all__ += ["published_cost", "sparse_model", "training_flops"]
 
 
 def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from math import prod
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +23,13 @@ from ...core.models import INPUT_SHAPES, build_model
 from ...core.sparsity import density
 from ...core.state import ServerState
 from ...data.datasets import DATASETS, Dataset, normalise
+from ...records.kept_model import model_file
 from ...records.names import NAMES
 from ...train.observe import LastState
 from ...train.run import run
 from ...train.setup import prepare
-from .count import export, flops, latency, packed_bytes, sparse_model, training_flops
+from .count import flops, latency, packed_bytes, training_flops
+from .export import sparse_model
 from .shrink import CHAINS, CSRLinear, plain, to_csr, without_dead_channels
 
 DENSE, CSR, SHRUNK, BOTH = "dense", "CSR linear layers", "dead channels removed", "both"
@@ -75,17 +75,17 @@ def untouched(config: Config, mask: Tensor | None = None) -> tuple[ServerState, 
 def sizes(state: ServerState, data: Dataset, config: Config) -> dict[str, float]:
     """What the sparse model w*m weighs, and what it would weigh dense.
 
-    Returns: `sparsity`, `weights` n, `prunable` P, `kept` of them; `file` and `dense_file`, bytes of `cost.export`;
-    `message` and `dense_message`, bytes that travel; `flops` and `dense_flops` of a forward pass of one image;
-    `training_dense`, `training_feedback` and `training_masked`, FLOPs of an epoch's training on one image, dense, with
-    error feedback and by masked SGD; `left`, the weights after `without_dead_channels` (NaN if the model is no chain).
+    Returns: `sparsity`, `weights` n, `prunable` P, `kept` of them; `file` and `dense_file`, bytes of the file that a
+    recorded run leaves (`records/kept_model.py`); `message` and `dense_message`, bytes that travel; `flops` and
+    `dense_flops` of a forward pass of one image; `training_dense`, `training_feedback` and `training_masked`, FLOPs of
+    an epoch's training on one image, dense, with error feedback and by masked SGD; `left`, the weights after
+    `without_dead_channels` (NaN if the model is no chain).
     """
     once = replace(config, local_epochs=1)
     dense = replace(state, weights=torch.ones_like(state.weights), mask=torch.ones_like(state.mask))
-    module, whole = (sparse_model(each, data, config) for each in (state, dense))
+    module = sparse_model(state, data, config)
     layout = Layout.of(module, image_shape=tuple(data.train_images.shape[1:]))
-    with TemporaryDirectory() as folder:
-        files = [export(Path(folder) / "model.pt", each, data, config) for each in (module, whole)]
+    files = [len(model_file(layout, each.weights, each.mask, each.buffers)) for each in (state, dense)]
     return {
         "sparsity": 1 - density(state.mask.float()),
         "weights": layout.size,
