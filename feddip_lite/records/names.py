@@ -17,9 +17,9 @@ SHARED_START = "shared random start"
 
 
 def title_of(name: str) -> str:
-    """A method as the literature spells it, with a dagger if it is a reconstruction."""
+    """A method as the literature spells it, else by its name, with a dagger if it is a reconstruction."""
     about = METHODS[name].about
-    return about.title + DAGGER * bool(about.assumed)
+    return (about.title or name) + DAGGER * bool(about.assumed)
 
 
 NAMES = {name: title_of(name) for name in METHODS} | {
