@@ -77,7 +77,10 @@ def any_of(value) -> list | tuple:
 
 
 def _changed(row: pd.Series) -> dict[str, object]:
-    """The method's settings that differ from those of its preset."""
+    """The method's settings that differ from those of its preset; what is usual of a method that is not registered here
+    is not known."""
+    if row["method"] not in METHODS:
+        return {}
     usual = Config(method=row["method"], preset=row["preset"], target_sparsity=row["target_sparsity"]).resolved()
     differing = {name: row[name] for name in _OWN if _differs(row[name], getattr(usual, name))}
     options = json.loads(row["method_options"])
