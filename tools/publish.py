@@ -17,14 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from feddip_lite.records.catalogue import (
-    RECORDED,
-    comparable,
-    main_runs,
-    profile_queue,
-    recorded,
-    rows_choosing_masks,
-)
+from feddip_lite.records.catalogue import RECORDED, comparable, main_runs, profile_queue, recorded, rows_choosing_masks
 from feddip_lite.records.names import HEADLINE, splits
 from feddip_lite.records.store import ROOT, atomic_write
 from feddip_lite.report import curves, diagrams
@@ -229,7 +222,7 @@ def cost_part(root: Path) -> str:
 # ---- what benchmarks/ says of speed
 
 PLACE = {"one process": "in one process", "simulation": "on Flower's simulation"}
-ENGINES = ("a", "b", "c", "d", "d+")  # their keys in the record
+ENGINES = {"a": "total_s", "b": "total_s", "c": "total_s", "d": "train_s", "d+": "train_s"}  # d evaluates nothing
 CONTENDERS = (
     "**a** the published procedure, rebuilt from its description; **b** a careful PyTorch loop, one client after the "
     "other; **c** this package; **d** the bare forward and backward of stock operators on the same batches, clients "
@@ -251,22 +244,16 @@ def benchmark_part(root: Path) -> str:
 def _engine(record: dict) -> str:
     rows = []
     for model, row in record["table"].items():
-        total = {name: row[name]["total_s" if name in "abc" else "train_s"] for name in ENGINES if name in row}
-        train = {name: row[name]["train_s"]["median"] for name in total}
         epochs = row["settings"].get("local_epochs", 5)
         cells = {"model": f"{model}, {epochs} epoch{'s' * (epochs > 1)}"}
-        cells |= {name: _spread(total[name]) if name in total else "-" for name in ENGINES}
-        for upper, lower, of in (("a", "c", total), ("b", "c", total), ("c", "d", train), ("c", "d+", train)):
-            known = upper in of and lower in of
-            cells[f"{upper}/{lower}"] = f"{_median(of[upper]) / _median(of[lower]):.2f}" if known else "-"
+        cells |= {name: _spread(row[name][of]) if name in row else "-" for name, of in ENGINES.items()}
+        for upper, lower in (("a", "c"), ("b", "c"), ("c", "d"), ("c", "d+")):
+            known, of = {upper, lower} <= set(row), ENGINES[lower]
+            cells[f"{upper}/{lower}"] = f"{row[upper][of]['median'] / row[lower][of]['median']:.2f}" if known else "-"
         rows.append({**cells, "peak MiB of c": f"{row['c']['peak_mb']:.0f}"})
     facts = record["provenance"]
     where = f"{facts['device']}, {facts['cpus']} cores, torch {facts['torch']}, Python {facts['python']}"
     return f"{markdown(pd.DataFrame(rows))}\n\nMeasured in one run, taking turns: {where}, {facts['precision']}."
-
-
-def _median(value) -> float:
-    return value["median"] if isinstance(value, dict) else value
 
 
 def _spread(value: dict) -> str:

@@ -75,11 +75,21 @@ def methods_table() -> pd.DataFrame:
     rows = []
     for name, method in METHODS.items():
         about = method.about
-        words = {"family": about.family, "mask from": about.mask_from, "scope": about.scope}
-        words |= {"regrows": "yes" if about.regrows else "no", "client step": about.step}
-        words |= {"up": about.up, "down": about.down, "lines": _lines_of(method)}
-        words |= {"presets": ", ".join(method.presets), "source": about.source}
-        rows.append({"name": name, "method": title_of(name), **{head: word or "-" for head, word in words.items()}})
+        words = {
+            "name": name,
+            "method": title_of(name),
+            "family": about.family,
+            "mask from": about.mask_from,
+            "scope": about.scope,
+            "regrows": "yes" if about.regrows else "no",
+            "client step": about.step,
+            "up": about.up,
+            "down": about.down,
+            "lines": _lines_of(method),
+            "presets": ", ".join(method.presets),
+            "source": about.source,
+        }
+        rows.append({head: word or "-" for head, word in words.items()})
     return pd.DataFrame(rows)
 
 
