@@ -52,7 +52,7 @@ reproduce: $(READY) ## run all notebooks into build/$(PROFILE)/ and write one HT
 	$(PY) tools/reproduce.py --profile $(PROFILE)
 
 figures: $(READY) ## redraw every figure and table from results/, no training
-	$(PY) tools/reproduce.py --profile $(PROFILE) --only 12
+	$(PY) tools/publish.py
 
 sweep: $(READY)  ## train the runs of params/$(PROFILE).yaml again into $(RESULTS); resumable
 	$(PY) -m feddip_lite sweep params/$(PROFILE).yaml --results $(RESULTS) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))

@@ -17,9 +17,9 @@ SHARED_START = "shared random start"
 
 
 def title_of(name: str) -> str:
-    """A method as the literature spells it, with a dagger if it is a reconstruction."""
+    """A method as the literature spells it, else by its name, with a dagger if it is a reconstruction."""
     about = METHODS[name].about
-    return about.title + DAGGER * bool(about.assumed)
+    return (about.title or name) + DAGGER * bool(about.assumed)
 
 
 NAMES = {name: title_of(name) for name in METHODS} | {
@@ -77,7 +77,10 @@ def any_of(value) -> list | tuple:
 
 
 def _changed(row: pd.Series) -> dict[str, object]:
-    """The method's settings that differ from those of its preset."""
+    """The method's settings that differ from those of its preset; what is usual of a method that is not registered here
+    is not known."""
+    if row["method"] not in METHODS:
+        return {}
     usual = Config(method=row["method"], preset=row["preset"], target_sparsity=row["target_sparsity"]).resolved()
     differing = {name: row[name] for name in _OWN if _differs(row[name], getattr(usual, name))}
     options = json.loads(row["method_options"])

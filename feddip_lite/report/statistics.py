@@ -1,4 +1,4 @@
-"""What recorded runs say: comparisons paired by seed, rankings, and the README's tables.
+"""What recorded runs say: intervals, comparisons paired by seed, rankings.
 
 Statistics: 95 % Student t intervals over seeds; with fewer than three seeds the values alone, no interval, no verdict.
 """
@@ -7,23 +7,14 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..records.catalogue import RECORDED, comparable, main_runs
-from ..records.names import labels, splits
-from ..records.store import headline, read_run
-from .markdown import table
-
-NOTHING = "No recorded runs yet."
-NOTE = (
-    "Final accuracy: mean of the last ten evaluated rounds on the whole test set. `±`: half width of the 95 % Student "
-    "t interval over seeds. Differences are paired by seed. n < 3: the values alone, no interval, no verdict. With a "
-    "row per round and a mask every fifth, two of the ten choose one: there `memory` drops, to recover until the next."
-)
+from ..records.catalogue import comparable
+from ..records.names import labels
+from ..records.store import headline
 
 
 def interval(values) -> tuple[float, float]:
@@ -76,63 +67,34 @@ def quantity(values, digits: int = 4, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f} ± {half:.{digits}f} {count}"
 
 
-def results_table(results: pd.DataFrame) -> str:
-    """The Markdown table of one setting, a row per partition and method."""
-    top5 = [name for name in ("top5_accuracy",) if name in results and results[name].notna().any()]
-    heads = ["method (preset)", "partition", "final accuracy", *["top-5 accuracy" for _ in top5], "measured sparsity"]
-    heads += ["total MiB", "share of FedAvg's bytes", "accuracy minus FedAvg's"]
-    rows, runs = [], headline(results)
-    for split in splits(results):
-        group = runs[runs["split"] == split]
-        for label in labels(group):
-            own = group[group["label"] == label].sort_values("seed")
-            cells = [label, split, quantity(own["accuracy"]), *[quantity(own[name]) for name in top5]]
-            cells += [mean_of(own["sparsity"], 4), mean_of(own["mib"], 1)]
-            share = paired(group, label, "FedAvg", "mib", ratio=True)
-            cells += [f"{share.mean():.3f}" if len(share) else "-"]
-            cells += ["-" if label == "FedAvg" else quantity(paired(group, label, "FedAvg"), sign="+")]
-            rows.append(cells)
-    return table(heads, rows)
-
-
 def mean_of(values: pd.Series, digits: int) -> str:
     """The mean of what is not NaN, "-" without any."""
     return f"{values.mean():.{digits}f}" if values.notna().any() else "-"
 
 
-def circumstances(folder: Path, results: pd.DataFrame) -> str:
-    """One line on where the numbers come from: seeds, data, device and versions, from the runs' provenance."""
-    facts = [read_run(folder, run_id)[1]["provenance"] for run_id in results["run_id"].unique()]
-
-    def each(get):
-        return ", ".join(sorted({str(get(fact)) for fact in facts}))
-
-    seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    data, device = each(lambda fact: fact["data"]["source"]), each(lambda fact: fact["device"])
-    return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {each(lambda fact: fact['torch'])}."
-
-
-def ranking(results: pd.DataFrame) -> str:
-    """Markdown: each method's place by final accuracy, seed by seed, for one setting and partition, in order of the
-    mean over the seeds that all have; and how well the seeds agree: Kendall's tau of each pair (1 = the same order, 0 =
-    unrelated) over the methods that both have. A masked upload is the same model, so it has no place of its own."""
+def ranking(results: pd.DataFrame) -> pd.DataFrame:
+    """Final accuracy of one setting and partition: a row per method, in order of the mean over the seeds that all have,
+    and a column per seed; NaN where a method lacks it. A masked upload is the same model, so it has no row of its own.
+    """
     results = results[results["changed"] != "upload"]
     accuracy, common = (by_seed(headline(some), "accuracy").T for some in (results, comparable(results)))
-    accuracy = accuracy.loc[common.mean(axis=1).reindex(accuracy.index).sort_values(ascending=False).index]
-    places = accuracy.rank(ascending=False).map(lambda place: "-" if np.isnan(place) else f"{place:.0f}")
-    ranked = table(["method", *(f"seed {seed}" for seed in accuracy)], places.reset_index().to_numpy())
+    return accuracy.loc[common.mean(axis=1).reindex(accuracy.index).sort_values(ascending=False).index]
+
+
+def agreement(accuracy: pd.DataFrame) -> str:
+    """In a sentence: how alike two seeds of `ranking` order the methods that both have; Kendall's tau of each pair
+    (1 = the same order, 0 = unrelated)."""
     agreeing = []
     for one, other in combinations(accuracy, 2):
         both = accuracy[[one, other]].dropna()
         if len(both) > 2:
             tau = stats.kendalltau(both[one], both[other]).statistic
             agreeing.append(f"{tau:.2f} (seeds {one} and {other}: {', '.join(labels(both.reset_index()))})")
-    said = "Kendall's tau: " + "; ".join(agreeing) if agreeing else "No two seeds have three methods in common"
-    return f"{ranked}\n\n{said}."
+    return f"Kendall's tau: {'; '.join(agreeing)}." if agreeing else "No two seeds have three methods in common."
 
 
 def frontier(results: pd.DataFrame) -> str:
-    """Markdown: the methods of one setting and partition that no other beats in final accuracy and bytes at once,
+    """In a sentence: the methods of one setting and partition that no other beats in final accuracy and bytes at once,
     by their means over the seeds that all have."""
     results = comparable(results)
     if results.empty:
@@ -142,13 +104,3 @@ def frontier(results: pd.DataFrame) -> str:
     front = means[(means["accuracy"] == best) & ~best.duplicated()]
     found = ", ".join(f"{label} ({row['accuracy']:.4f}, {row['mib']:.0f} MiB)" for label, row in front.iterrows())
     return f"No other method is more accurate for fewer bytes than: {found}."
-
-
-def results_section(folder: Path) -> str:
-    """Everything between the README's markers: a table per profile and setting, with its circumstances."""
-    parts = []
-    for profile in RECORDED:
-        for group in main_runs(profile, folder).values():
-            parts += [f"**{group['setting'].iloc[0]}** (profile `{profile}`)", results_table(group)]
-            parts += [circumstances(folder / profile, group)]
-    return "\n\n".join([*parts, NOTE] if parts else [NOTHING])

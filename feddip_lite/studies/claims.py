@@ -12,7 +12,6 @@ import yaml
 from ..records.catalogue import RECORDED, main_runs, recorded, rows_choosing_masks, shared_start
 from ..records.names import SHARED_START, splits
 from ..records.store import HEADLINE_ROWS, ROOT, headline
-from ..report.markdown import table
 from ..report.statistics import by_seed, interval, quantity
 from ..studies import merging
 from .cost.tables import judged_clients
@@ -20,7 +19,6 @@ from .layers import across_seeds
 from .sparsity_sweep import recorded_sweep
 
 RULES = ROOT / "params" / "claims.yaml"
-HEADS = ("claim", "source", "setting", "measured", "ours, n seeds", "verdict", "notebook")
 RULE = (
     "Verdict: a claim holds in a partition if the 95 % interval over seeds (differences and ratios paired by seed) "
     "lies wholly on the good side of its threshold. Reproduced: in every partition; partly: in some; not reproduced: "
@@ -33,31 +31,28 @@ Source = tuple[str, pd.DataFrame]
 """What a source holds, in words, and its rows: `split`, `seed`, `label`, and the columns that measures name."""
 
 
-def claims_table(folder: Path, path: Path = RULES) -> str:
-    """Markdown: each claim of the file `path`, a row per setting that measures it, from the recorded runs under
-    `folder`; the settings above, the rule behind the verdicts below. Links start from the checkout."""
+def claims_table(folder: Path, path: Path = RULES) -> pd.DataFrame:
+    """Each claim of the file `path`, a row per setting and method that measure it, from the recorded runs under
+    `folder`; `RULE` is behind the verdicts. Of a claim that nothing measures yet there is one row."""
     document = yaml.safe_load(path.read_text())
-    profile, rows = document["profile"], []
     comparisons = {(name, each): runs for each in RECORDED for name, runs in main_runs(each, folder).items()}
-    sources = _sources(folder, profile, comparisons)
+    sources, rows = _sources(folder, document["profile"], comparisons), []
     for claim in document["claims"]:
-        what = in_words(claim["measure"], claim["good"])
-        first, *others = list(_judge(claim, sources)) or [["-", what, "-", "not tested at this scale"]]
-        link = f"[{claim['notebook'][:2]}](notebooks/{claim['notebook']}.ipynb)"
-        said = claim["claim"] + " ‡" * claim.get("known", False)
-        rows += [[said, claim["source"], *first, link], *(["", "", *cells, ""] for cells in others)]
-    settings = [f"- {runs['setting'].iloc[0]} (profile `{each}`)\n" for (_, each), runs in comparisons.items()]
-    return "".join([*settings, "\n" * bool(settings), table(HEADS, rows), "\n\n", RULE])
+        said = {"claim": claim["claim"] + " ‡" * claim.get("known", False), "source": claim["source"]}
+        untested = _row("-", in_words(claim["measure"], claim["good"]), "-", "not tested at this scale")
+        for row in list(_judge(claim, sources)) or [untested]:
+            rows.append({**said, **row, "notebook": claim["notebook"]})
+    return pd.DataFrame(rows)
 
 
-def judged(runs: pd.DataFrame, profile: str, path: Path = RULES) -> str:
-    """Markdown: the claims that these runs, of one model and data set as `main_runs(profile)` gives them, judge."""
+def judged(runs: pd.DataFrame, profile: str, path: Path = RULES) -> pd.DataFrame:
+    """The claims that these runs, of one model and data set as `main_runs(profile)` gives them, judge: a row each."""
     document, rows = yaml.safe_load(path.read_text()), []
     name = _source_name("_".join(runs[["model", "dataset"]].iloc[0]), profile, document["profile"])
     sources = {name: ("", summaries(runs))}
     for claim in document["claims"]:
-        rows += [[claim["claim"], *cells[1:]] for cells in _judge(claim, sources)]
-    return table(["claim", *HEADS[3:6]], rows) if rows else "No claim is judged by these runs."
+        rows += [{"claim": claim["claim"], **row} for row in _judge(claim, sources)]
+    return pd.DataFrame(rows).drop(columns="setting", errors="ignore")
 
 
 def _source_name(name: str, profile: str, usual: str) -> str:
@@ -96,8 +91,8 @@ def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:
     return whole.assign(split=names, overlap_beyond_chance=whole["overlap"] - whole["chance"])
 
 
-def _judge(claim: dict, sources: Mapping[str, Source]) -> Iterator[list[str]]:
-    """setting, measure in words, values and verdict, for each of the claim's sources and methods that has values."""
+def _judge(claim: dict, sources: Mapping[str, Source]) -> Iterator[dict[str, str]]:
+    """A row for each of the claim's sources and methods that has values."""
     measure = claim["measure"]
     digits, sign = measure.get("digits", 4), "+" * (measure["by"] == "difference")
     for name in measure["from"]:
@@ -109,7 +104,11 @@ def _judge(claim: dict, sources: Mapping[str, Source]) -> Iterator[list[str]]:
             if by_split:
                 said = [f"{split}: {quantity(values, digits, sign)}" for split, values in by_split.items()]
                 what = in_words({**measure, "of": [label]}, claim["good"])
-                yield [words, what, "; ".join(said), verdict(by_split.values(), **claim["good"])]
+                yield _row(words, what, "; ".join(said), verdict(by_split.values(), **claim["good"]))
+
+
+def _row(setting: str, measure: str, values: str, said: str) -> dict[str, str]:
+    return {"setting": setting, "measured": measure, "ours, n seeds": values, "verdict": said}
 
 
 def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:

@@ -19,7 +19,6 @@ from ..core.sparsity import erk_densities, jaccard
 from ..records.catalogue import RECORDED, main_runs, recorded
 from ..records.names import labels
 from ..records.store import read_mask, read_run
-from ..report.markdown import table
 from ..report.statistics import quantity
 from ..report.style import INK, counted, grid, look_of, styled, wrapped
 from .sparsity_sweep import recorded_sweep
@@ -64,14 +63,15 @@ def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def layer_table(rows: pd.DataFrame) -> str:
-    """Markdown: a row per tensor, its size, the sparsity of each method over seeds, and ERK's, in percent."""
-    names, lines = labels(rows), []
+def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per tensor, its number of weights, the sparsity of each method over seeds, and ERK's for the same total."""
+    found = []
     for layer, own in rows.sort_values("seed", kind="stable").groupby("layer", sort=False):
-        cells = [layer, str(own["size"].iloc[0])]
-        cells += [quantity(100 * own.loc[own["label"] == name, "sparsity"].to_numpy(), 1) for name in names]
-        lines.append([*cells, f"{100 * own['erk'].mean():.1f}"])
-    return table(["tensor", "weights", *names, "ERK"], lines)
+        sparsities = {name: own.loc[own["label"] == name, "sparsity"].to_numpy() for name in labels(rows)}
+        row = {"tensor": layer, "weights": own["size"].iloc[0]}
+        row |= {f"{name} [%]": quantity(100 * values, 1) for name, values in sparsities.items()}
+        found.append(row | {"ERK [%]": f"{100 * own['erk'].mean():.1f}"})
+    return pd.DataFrame(found)
 
 
 @styled
@@ -132,15 +132,14 @@ def _overlaps(mask: Tensor, other: Tensor, tensors: list[dict]) -> Iterator[dict
         yield {"layer": tensor["name"].removesuffix(".weight"), "overlap": jaccard(a, b), "chance": chance}
 
 
-def across_seeds_table(pairs: pd.DataFrame) -> str:
-    """Markdown: a row per setting, partition, method and target sparsity, the mean overlap over the pairs of seeds and
-    chance's, of whole masks and of each tensor."""
-    if pairs.empty:
-        return "No two recorded runs with masks yet."
-    names, rows = list(dict.fromkeys(pairs["layer"])), []
+def across_seeds_table(pairs: pd.DataFrame) -> pd.DataFrame:
+    """A row per setting, partition, method and target sparsity, the mean overlap over the pairs of seeds and chance's,
+    of whole masks and of each tensor."""
+    rows = []
     for (sparsity, label, *_), own in pairs.groupby(["target_sparsity", "label", "setting", "split"]):
-        means = own.groupby("layer")[["overlap", "chance"]].mean()
-        cells = [f"{means.loc[name, 'overlap']:.3f} ({means.loc[name, 'chance']:.3f})" for name in names]
-        rows.append([f"{sparsity:g}", label, str(own["seeds"].nunique()), *cells])
-    heads = ["target sparsity", "method", "pairs", *(f"{name}: overlap (by chance)" for name in names)]
-    return table(heads, rows)
+        means = own.groupby("layer", sort=False)[["overlap", "chance"]].mean()
+        row = {"target sparsity": f"{sparsity:g}", "method": label, "pairs": own["seeds"].nunique()}
+        for name, both, chance in means.itertuples():
+            row[f"{name}: overlap (by chance)"] = f"{both:.3f} ({chance:.3f})"
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -18,7 +18,6 @@ from ..core.state import EMPTY
 from ..methods.base import samples_of, weighted_mean
 from ..records.names import labels, splits
 from ..records.store import HEADLINE_ROWS
-from ..report import markdown
 from ..report.statistics import quantity
 from ..train.evaluate import evaluate_state
 from ..train.observe import Run
@@ -82,17 +81,17 @@ def per_run(runs: pd.DataFrame) -> pd.DataFrame:
     return observed.groupby(["label", "split", "seed"], as_index=False)[list(MEASURES)].mean()
 
 
-def table(runs: pd.DataFrame) -> str:
-    """Markdown: a row per method and partition of `per_run`, with the spread over seeds."""
-    heads = ["method", "partition", "alignment", "mean accuracy of local models", "accuracy of their mean, minus that"]
+def merging_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per method and partition of `per_run`, with the spread over seeds."""
     rows = []
     for split in splits(runs):
-        for label in labels(runs):
-            own = runs[(runs["split"] == split) & (runs["label"] == label)]
-            if len(own):
-                cells = [quantity(own[name]) for name in MEASURES[:2]] + [quantity(own[MEASURES[2]], sign="+")]
-                rows.append([label, split, *cells])
-    return markdown.table(heads, rows)
+        group = runs[runs["split"] == split]
+        for label in labels(group):
+            own = group[group["label"] == label]
+            row = {"method": label, "partition": split, "alignment": quantity(own["alignment"])}
+            row |= {"mean accuracy of local models": quantity(own["members_accuracy"])}
+            rows.append(row | {"accuracy of their mean, minus that": quantity(own["merging_gain"], sign="+")})
+    return pd.DataFrame(rows)
 
 
 def _sparse(weights: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,9 +16,9 @@ from ..config import Config
 from ..records.catalogue import own_start, shared_start
 from ..records.names import NAMES, SHARED, SHARED_START, SPLIT, labels
 from ..records.store import headline
-from ..report.markdown import table
 from ..report.statistics import interval, mean_of, paired, quantity
 from ..report.style import COLOURS, INK, counted, grid, look_of, styled
+from ..report.tables import NOTHING
 
 _SHARED = [*SPLIT, *(name for name in SHARED if name not in ("target_sparsity", "weight_decay"))]
 DECAY = Config().weight_decay
@@ -48,13 +48,14 @@ def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:
     return {sparsity: values for sparsity, values in found.items() if len(values)}
 
 
-def sweep_table(runs: pd.DataFrame) -> str:
-    """Markdown: a row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
+def sweep_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
     names, won, rows = labels(runs), gains(runs), []
     for sparsity, group in runs.groupby("target_sparsity"):
-        accuracies = [quantity(_values(group, name)) for name in names]
-        rows.append([f"{sparsity:g}", *accuracies, quantity(won.get(sparsity, []), sign="+")])
-    return table(["target sparsity", *names, "FedDIP - FedDP"], rows)
+        accuracies = {name: quantity(_values(group, name)) for name in names}
+        gain = quantity(won.get(sparsity, []), sign="+")
+        rows.append({"target sparsity": f"{sparsity:g}", **accuracies, "FedDIP - FedDP": gain})
+    return pd.DataFrame(rows)
 
 
 def sweep_reading(runs: pd.DataFrame) -> str:
@@ -70,7 +71,7 @@ def sweep_reading(runs: pd.DataFrame) -> str:
         else:
             said["makes no difference that these seeds could show"].append(f"{sparsity:g} (± {half:.4f})")
     parts = [f"{verb} at {', '.join(found)}" for verb, found in said.items() if found]
-    return f"Against FedDP, the growing penalty {'; '.join(parts)}." if parts else "No recorded runs yet."
+    return f"Against FedDP, the growing penalty {'; '.join(parts)}." if parts else NOTHING
 
 
 def ablations(results: pd.DataFrame) -> pd.DataFrame:
@@ -91,13 +92,14 @@ def recorded_ablations(results: pd.DataFrame) -> pd.DataFrame:
     return found if len(found) else ablations(shared_start(results))
 
 
-def ablation_table(runs: pd.DataFrame) -> str:
-    """Markdown: a row per variant, its final accuracy, and the difference from FedDIP paired by seed."""
+def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per variant, its final accuracy, and the difference from FedDIP paired by seed."""
     rows = []
     for name, values in _variants(runs).items():
         own = runs[runs["variant"] == name].sort_values("seed")
-        rows.append([name, quantity(own["accuracy"]), quantity(values, sign="+"), mean_of(own["sparsity"], 4)])
-    return table(["variant", "final accuracy", "minus FedDIP", "final sparsity"], rows)
+        row = {"variant": name, "final accuracy": quantity(own["accuracy"])}
+        rows.append(row | {"minus FedDIP": quantity(values, sign="+"), "final sparsity": mean_of(own["sparsity"], 4)})
+    return pd.DataFrame(rows)
 
 
 @styled

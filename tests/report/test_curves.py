@@ -1,4 +1,4 @@
-"""Laws of figures, names and tables, on recorded runs of a tiny federation."""
+"""Laws of figures and names, on recorded runs of a tiny federation."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,12 +13,9 @@ from feddip_lite.records.names import NAMES, describe, labels
 from feddip_lite.records.store import headline, load_results
 from feddip_lite.report import diagrams as drawings
 from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes, column_panels, families
-from feddip_lite.report.documents import markers, write_section
-from feddip_lite.report.statistics import frontier, paired, quantity, ranking, results_section
+from feddip_lite.report.statistics import paired
 from feddip_lite.report.style import COLOURS, save_figure
 from feddip_lite.train.run import train
-
-BEGIN, END = markers("part")
 
 TWO = {**FAST, "rounds": 2}
 QUEUE = [tiny_config(method=method, seed=seed, **TWO) for method in ("fedavg", "feddip") for seed in (0, 1, 2)]
@@ -188,69 +185,7 @@ def test_every_profile_loads_and_shortened_runs_keep_the_learning_rate_at_the_en
             assert config.lr_decay == pytest.approx(0.998 ** (1000 / config.rounds))
 
 
-# ---- comparisons and tables
-
-
-def test_differences_are_paired_by_seed(results):
-    runs = headline(only(results, "FedAvg", "FedDIP"))
-    by_hand = [
-        runs.query("label == 'FedDIP' and seed == @seed")["accuracy"].item()
-        - runs.query("label == 'FedAvg' and seed == @seed")["accuracy"].item()
-        for seed in (0, 1, 2)
-    ]
-    assert paired(runs, "FedDIP", "FedAvg").tolist() == by_hand
-    assert len(paired(runs[runs["seed"] != 1], "FedDIP", "FedAvg")) == 2
-    assert len(paired(runs, "FedDP", "FedAvg")) == 0
-
-
-def test_quantities_below_three_seeds_have_no_interval():
-    assert quantity([0.5]) == "0.5000 (n=1)"
-    assert quantity([0.5, 0.6]) == "0.5000, 0.6000 (n=2)"
-    assert quantity([0.1, 0.2, 0.3], digits=2, sign="+") == "+0.20 ± 0.25 (n=3)"  # t(0.975, 2) = 4.303
-    assert quantity([]) == "-"
-
-
-def twice(results, accuracy):
-    """Seed 0's runs, and as seed 1 the same runs with another accuracy."""
-    first = results[(results["seed"] == 0) & (results["split"] == "IID")]
-    first = first.assign(accuracy=first.groupby("run_id").ngroup() / 10)
-    other = first.assign(seed=1, run_id=first["run_id"] + "x", accuracy=accuracy(first["accuracy"]))
-    return pd.concat([first, other])
-
-
-def test_seeds_of_one_order_agree_and_of_opposite_order_disagree(results):
-    same, opposite = ranking(twice(results, lambda value: value / 2)), ranking(twice(results, lambda value: 1 - value))
-    names = [label for label in labels(twice(results, abs)) if "upload" not in label]
-    methods = len(names)
-    assert f"Kendall's tau: 1.00 (seeds 0 and 1: {', '.join(names)})." in same
-    assert f"Kendall's tau: -1.00 (seeds 0 and 1: {', '.join(names)})." in opposite
-    places = [row.split("|")[2:4] for row in same.splitlines()[2 : 2 + methods]]
-    assert all(a == b for a, b in places) and sorted(int(a) for a, _ in places) == list(range(1, methods + 1))
-    assert "No two seeds" in ranking(only(results, "FedAvg", "FedDIP (repo)", seeds=(0,)))
-
-
-def test_places_are_sorted_by_the_seeds_that_all_methods_have(results):
-    both = only(results, "FedAvg", "FedDIP").assign(
-        accuracy=lambda runs: runs["label"].map({"FedAvg": 0.8, "FedDIP": 0.9})
-    )
-    lucky = only(results, "FedAvg", seeds=(0,)).assign(seed=3, run_id="lucky", accuracy=99.0)
-    rows = ranking(pd.concat([both, lucky])).splitlines()
-    assert rows[2] == "| FedDIP | 1 | 1 | 1 | - |" and rows[3] == "| FedAvg | 2 | 2 | 2 | 1 |"
-
-
-def test_without_a_common_seed_there_is_no_frontier(results):
-    apart = pd.concat([only(results, "FedAvg", seeds=(0,)), only(results, "FedDIP", seeds=(1,))])
-    assert frontier(apart) == "No seed that all methods have."
-
-
-def test_the_frontier_holds_whom_nobody_beats_in_both(results):
-    runs = headline(results[(results["split"] == "IID") & (results["seed"] == 0)])
-    said = frontier(results[results["run_id"].isin(runs["run_id"])])
-    for _, own in runs.iterrows():
-        beaten = ((runs["accuracy"] > own["accuracy"]) & (runs["mib"] < own["mib"])).any()
-        ties = ((runs["accuracy"] >= own["accuracy"]) & (runs["mib"] <= own["mib"])).sum() > 1
-        assert beaten or ties or f"{own['label']} ({own['accuracy']:.4f}, " in said
-        assert not beaten or f"{own['label']} ({own['accuracy']:.4f}, " not in said
+# ---- comparisons
 
 
 def test_two_runs_of_one_method_and_seed_are_never_averaged(results):
@@ -261,40 +196,3 @@ def test_two_runs_of_one_method_and_seed_are_never_averaged(results):
     both = pd.concat([only(results, "FedAvg"), only(results, "FedAvg").assign(run_id="x")])
     with pytest.raises(ValueError, match="duplicate"):
         accuracy_curves({"Tiny": both})
-
-
-def test_the_table_has_the_numbers_of_the_runs(folder, results, monkeypatch):
-    monkeypatch.setattr(experiments, "profile_queue", lambda profile: QUEUE)
-    section = results_section(folder)
-    run = only(results, "FedDIP", seeds=(0,))
-    whole, dense = (headline(only(results, name)) for name in ("FedDIP", "FedAvg"))
-    row = next(line for line in section.splitlines() if line.startswith("| FedDIP | IID |"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2] == quantity(whole["accuracy"])
-    assert float(cells[3]) == pytest.approx(run["sparsity"].iloc[-1], abs=1e-3)
-    assert float(cells[4]) == pytest.approx(whole["mib"].mean(), abs=0.05)
-    assert float(cells[5]) == pytest.approx((whole["mib"].to_numpy() / dense["mib"].to_numpy()).mean(), abs=5e-4)
-    assert cells[6].endswith("(n=3)") and "±" in cells[6]
-    assert "digits, LeNet-5, T = 2 rounds" in section and "profile `lite`" in section
-    assert "Seeds: 0, 1, 2. Data: Handwritten digits" in section and "n < 3" in section
-
-
-def test_an_empty_results_folder_says_so(tmp_path):
-    assert results_section(tmp_path) == "No recorded runs yet."
-
-
-def test_the_section_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    for _ in range(2):
-        write_section(readme, "part", "new")
-    assert readme.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
-
-
-@pytest.mark.parametrize("content", ["", BEGIN, END + BEGIN, BEGIN * 2 + END])
-def test_missing_or_doubled_markers_are_refused(tmp_path, content):
-    readme = tmp_path / "README.md"
-    readme.write_text(content)
-    with pytest.raises(ValueError, match="README.md: needs the lines"):
-        write_section(readme, "part", "new")
-    assert readme.read_text() == content

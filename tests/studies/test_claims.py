@@ -96,9 +96,8 @@ def test_bytes_are_those_of_the_whole_run():
 
 def test_without_results_nothing_is_claimed(tmp_path):
     table = claims_table(tmp_path)
-    rows = [row for row in table.splitlines() if row.startswith("| ")][2:]
-    assert len(rows) == len(yaml.safe_load(RULES.read_text())["claims"]) >= 10
-    assert all("not tested at this scale" in row for row in rows)
+    assert len(table) == len(yaml.safe_load(RULES.read_text())["claims"]) >= 10
+    assert set(table["verdict"]) == {"not tested at this scale"} and set(table["setting"]) == {"-"}
 
 
 def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
@@ -115,11 +114,12 @@ def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
 def test_each_method_and_each_setting_is_judged_in_a_row_of_its_own():
     table = runs(FedDIP=[0.8, 0.7, 0.9], FedAvg=[0.7, 0.6, 0.8], **{"FedDIP (repo)": [0.5, 0.4, 0.6]})
     table = table.assign(model="lenet5", dataset="fashionmnist", split="IID")
-    said = [row for row in judged(table, "lite").splitlines() if row.startswith("| Extreme sparsity")]
-    assert len(said) == 2
-    assert "FedDIP - FedAvg" in said[0] and said[0].endswith("| IID: +0.1000 ± 0.0000 (n=3) | reproduced |")
-    assert "FedDIP (repo) - FedAvg" in said[1] and "| not reproduced |" in said[1]
-    assert judged(table.assign(dataset="digits"), "lite") == "No claim is judged by these runs."
+    said = judged(table, "lite")
+    said = said[said["claim"].str.startswith("Extreme sparsity")]
+    assert said["measured"].str.extract(": (.*),")[0].tolist() == ["FedDIP - FedAvg", "FedDIP (repo) - FedAvg"]
+    assert said["ours, n seeds"].iloc[0] == "IID: +0.1000 ± 0.0000 (n=3)"
+    assert said["verdict"].tolist() == ["reproduced", "not reproduced"]
+    assert judged(table.assign(dataset="digits"), "lite").empty
 
 
 def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
@@ -132,8 +132,8 @@ def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
                 table = pd.DataFrame({name: [0] for name in COLUMNS}).assign(accuracy=accuracy, local_accuracy=np.nan)
                 save_run(tmp_path / "lite", run, table, {}, [])
     table = claims_table(tmp_path)
-    (row,) = (row for row in table.splitlines() if "extreme sparsities reachable" in row)
-    assert "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3) | partly |" in row
+    ((said, decided),) = table.loc[table["claim"].str.contains("reachable"), ["ours, n seeds", "verdict"]].to_numpy()
+    assert said == "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3)" and decided == "partly"
 
 
 def test_time_and_memory_are_judged_from_a_quiet_benchmark_and_never_from_a_rehearsal(tmp_path):
@@ -147,9 +147,8 @@ def test_time_and_memory_are_judged_from_a_quiet_benchmark_and_never_from_a_rehe
         record = {"clients": rows, "layers": [], "models": [], "times": [], "provenance": facts}
         (tmp_path / "benchmarks").mkdir(exist_ok=True)
         (tmp_path / "benchmarks" / "cost_cpu.json").write_text(json.dumps(record))
-        table = claims_table(tmp_path / "results")
-        return next(row for row in table.splitlines() if row.startswith("| Faster training |"))
+        return claims_table(tmp_path / "results").set_index("claim").loc["Faster training"]
 
-    mean = np.mean([3 / 2, 3.01 / 2.01, 3.02 / 2.02])
-    assert f"LeNet-5: {mean:.4f} ±" in row_of(False) and "| not reproduced |" in row_of(False)
-    assert all("| not tested at this scale |" in row for row in (row_of(True), row_of(False, load=2.1)))
+    mean, quiet = np.mean([3 / 2, 3.01 / 2.01, 3.02 / 2.02]), row_of(False)
+    assert quiet["ours, n seeds"].startswith(f"LeNet-5: {mean:.4f} ±") and quiet["verdict"] == "not reproduced"
+    assert all(row["verdict"] == "not tested at this scale" for row in (row_of(True), row_of(False, load=2.1)))

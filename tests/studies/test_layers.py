@@ -61,9 +61,11 @@ def test_figure_and_table_show_the_mean_of_each_tensor(folder, runs):
     np.testing.assert_allclose([bar.get_height() for bar in panel.patches], means)
     np.testing.assert_allclose(panel.lines[0].get_ydata(), 100 * rows.groupby("layer", sort=False)["erk"].mean())
     assert [text.get_text() for text in panel.get_xticklabels()] == list(means.index)
-    lines = layer_table(rows).splitlines()[2:]
-    assert [line.split(" | ")[0][2:] for line in lines] == list(means.index)
-    assert all(f"{mean:.1f} ± " in line for mean, line in zip(means, lines, strict=True))
+    table = layer_table(rows)
+    assert list(table) == ["tensor", "weights", "FedDIP [%]", "ERK [%]"] and table["tensor"].tolist() == list(
+        means.index
+    )
+    assert table["FedDIP [%]"].str.split(" ± ").str[0].tolist() == [f"{mean:.1f}" for mean in means]
 
 
 def test_seeds_are_compared_pair_by_pair_whole_and_by_tensor(folder, runs):
@@ -75,8 +77,9 @@ def test_seeds_are_compared_pair_by_pair_whole_and_by_tensor(folder, runs):
     np.testing.assert_allclose(whole["overlap"], expected)
     assert len(pairs) == 3 * (1 + len(layers(folder, runs)["layer"].unique()))
     assert pairs[["overlap", "chance"]].stack().between(0, 1).all()
-    assert f"{np.mean(expected):.3f} (" in across_seeds_table(pairs)
-    assert across_seeds_table(pairs.iloc[:0]) == "No two recorded runs with masks yet."
+    (shown,) = across_seeds_table(pairs)["all: overlap (by chance)"]
+    assert shown == f"{np.mean(expected):.3f} ({whole['chance'].mean():.3f})"
+    assert across_seeds_table(pairs.iloc[:0]).empty
 
 
 @pytest.mark.parametrize("densities", [(0.1, 0.1), (0.5, 0.02), (1.0, 0.3)])
@@ -101,8 +104,7 @@ def test_chance_is_one_for_full_masks_and_for_empty_ones():
 def test_settings_are_never_mixed_and_old_records_are_left_out(folder, runs, tmp_path):
     pairs = across_seeds(folder, runs)
     others = pairs.assign(setting="another", overlap=0.0, chance=0.0)
-    rows = across_seeds_table(pd.concat([pairs, others])).splitlines()[2:]
-    assert len(rows) == 2 and all(row.split(" | ")[2] == "3" for row in rows)
+    assert across_seeds_table(pd.concat([pairs, others]))["pairs"].tolist() == [3, 3]
     for path in filter(Path.is_file, folder.iterdir()):
         shutil.copy(path, tmp_path)
     old = tmp_path / f"{QUEUE[0].run_id}.json"

@@ -107,10 +107,10 @@ def test_two_seeds_give_no_verdict_and_none_no_sentence():
 
 
 def test_table_has_a_row_per_sparsity_with_the_paired_difference():
-    lines = sweep_table(sparsity_sweep(sweep_of())).splitlines()
-    assert lines[0] == "| target sparsity | FedDP | FedDIP | FedDIP - FedDP |"
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0.8", "| 0.9", "| 0.99"]
-    assert lines[3].endswith("| +0.0100 ± 0.0000 (n=3) |")
+    table = sweep_table(sparsity_sweep(sweep_of()))
+    assert list(table) == ["target sparsity", "FedDP", "FedDIP", "FedDIP - FedDP"]
+    assert table["target sparsity"].tolist() == ["0.8", "0.9", "0.99"]
+    assert table["FedDIP - FedDP"].iloc[1] == "+0.0100 ± 0.0000 (n=3)"
 
 
 def test_ablations_are_named_by_what_was_changed_and_paired_with_feddip():
@@ -128,7 +128,7 @@ def test_ablations_are_named_by_what_was_changed_and_paired_with_feddip():
         ]
     runs.append(({"method": "feddip", "method_options": {"upload": "masked"}, "seed": 0}, 0.5))
     table = ablation_table(ablations(recorded_runs(runs)))
-    found = {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in table.splitlines()[2:]}
+    found = dict(zip(table["variant"], table["minus FedDIP"], strict=True))
     names = ["penalty_max = 0.01", "mask_interval = 1", "norm = squared", "memory", "weight decay 0"]
     names += ["no penalty (FedDP)", "no penalty (FedDP), weight decay 0"]
     assert found.pop("FedDIP") == "-"

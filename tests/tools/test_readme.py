@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_setup import tool
 
 from feddip_lite.__main__ import parser
 from feddip_lite.methods import METHODS
-from feddip_lite.report.documents import generated_parts, markers
 
+publish = tool("publish")
 ROOT = Path(__file__).resolve().parents[2]
+GENERATED = publish.generated_parts(ROOT)
 README = (ROOT / "README.md").read_text()
 PAGES = [
     "README.md",
@@ -75,9 +77,9 @@ def test_every_method_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHODS)
 
 
-@pytest.mark.parametrize(("place", "text"), generated_parts(ROOT).items(), ids=lambda value: "-".join(value)[:30])
+@pytest.mark.parametrize(("place", "text"), GENERATED.items(), ids=lambda value: "-".join(value)[:30])
 def test_generated_parts_say_what_is_recorded(place, text):
-    """Numbers in README and docs are generated: notebook 12 was run after the last recorded run."""
+    """Numbers in README and docs are generated: `make figures` was run after the last recorded run."""
     (file, name), content = place, (ROOT / place[0]).read_text()
-    begin, end = markers(name)
+    begin, end = publish.markers(name)
     assert content.split(begin)[1].split(end)[0].strip() == text.strip(), file

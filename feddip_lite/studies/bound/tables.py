@@ -14,13 +14,22 @@ import pandas as pd
 
 from ...records.catalogue import own_start, recorded, shared_start
 from ...records.names import splits
-from ...report.markdown import table
 from .estimators import Bound, Estimates, assemble
 from .path import ESTIMATES
 
 SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
 """What a run's `lr_schedule` makes of it."""
 TERMS = tuple(item.name for item in fields(Bound))[1:]
+CONSTANTS = {
+    "sharpness": "L [F/W²]",
+    "lipschitz": "μ [F/W]",
+    "variance": "Σρσ² [F²/W²]",
+    "second_moment": "G² [F²/W²]",
+    "typical_gamma": "γ: median",
+    "gamma": "γ: largest",
+}
+"""Columns of `summary`, and what they are called in `estimates_table`."""
+REMOVED = "Σ√δ‖w‖ [W]"
 GAMMAS = {"largest": "", "median": "typical_"}  # prefixes in `summary`
 
 
@@ -101,17 +110,18 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def estimates_table(runs: pd.DataFrame) -> str:
-    """Markdown: a row per run, the largest value of each constant. Units: F of the loss, W of the weights."""
-    heads, rows = ["run", "L [F/W²]", "μ [F/W]", "Σρσ² [F²/W²]", "G² [F²/W²]", "γ: median", "γ: largest"], []
-    heads += ["γ hidden by noise at", "Σ√δ‖w‖ [W]", "left side [F²/W²]", "final accuracy"]
-    for row in summary(runs).itertuples():
-        rate = f" ({row.rate:g} in the rate)" if row.lr_schedule == "theory" else ""
-        cells = [row.lipschitz, row.variance, row.second_moment, row.typical_gamma, row.gamma]
-        words = [f"{row.label}: {row.name}", f"{row.sharpness:.3g}{rate}", *(f"{cell:.3g}" for cell in cells)]
-        words += [f"{row.hidden} of {row.checkpoints}", f"{row.removed:.3g}", f"{row.left:.3g}", f"{row.accuracy:.4f}"]
-        rows.append(words)
-    return table(heads, rows)
+def estimates_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run, the largest value of each constant. Units: F of the loss, W of the weights."""
+    rows = []
+    for row in summary(runs).to_dict("records"):
+        rate = f" ({row['rate']:g} in the rate)" if row["lr_schedule"] == "theory" else ""
+        cells = {"run": f"{row['label']}: {row['name']}"}
+        cells |= {head: f"{row[name]:.3g}" for name, head in CONSTANTS.items()}
+        cells[CONSTANTS["sharpness"]] += rate
+        cells["γ hidden by noise at"] = f"{row['hidden']} of {row['checkpoints']}"
+        cells |= {REMOVED: f"{row['removed']:.3g}", "left side [F²/W²]": f"{row['left']:.3g}"}
+        rows.append(cells | {"final accuracy": f"{row['accuracy']:.4f}"})
+    return pd.DataFrame(rows)
 
 
 def interval_study(runs: pd.DataFrame) -> pd.DataFrame:
@@ -120,14 +130,15 @@ def interval_study(runs: pd.DataFrame) -> pd.DataFrame:
     return usual[usual.groupby("split")["mask_interval"].transform("nunique") > 1]
 
 
-def removed_list(runs: pd.DataFrame) -> str:
-    """Markdown: what pruning removes in a whole run for each R, rounds between masks; a line per split and preset."""
-    lines = []
-    for (split, preset), own in summary(runs).groupby(["split", "preset"]) if len(runs) else ():
-        means = own.groupby("mask_interval")["removed"].mean()
-        said = ", ".join(f"R = {interval:g}: {removed:.3g}" for interval, removed in means.items())
-        lines.append(f"- {split}, `{preset}`: Σ√δ‖w‖ [W] is {said}")
-    return "\n".join(lines)
+def removed_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """What pruning removes in a whole run: a row per partition, preset and R, the rounds between masks."""
+    if runs.empty:
+        return pd.DataFrame()
+    rows = []
+    for (split, preset, interval), own in summary(runs).groupby(["split", "preset", "mask_interval"]):
+        row = {"partition": split, "preset": preset, "R [rounds]": f"{interval:g}"}
+        rows.append(row | {REMOVED: f"{own['removed'].mean():.3g}"})
+    return pd.DataFrame(rows)
 
 
 def reading(runs: pd.DataFrame) -> str:

@@ -15,14 +15,12 @@ from ...core.flat import Layout
 from ...core.schedules import sparsity_at
 from ...records.names import HEADLINE, NAMES, labels
 from ...records.store import headline
-from ...report.markdown import table
-from ...report.statistics import NOTHING, paired, quantity
+from ...report.statistics import paired, quantity
 from .count import published_cost, training_flops
 from .measure import BOTH, CSR, DENSE, SHRUNK, crossing, untrained
 
 RECORD = "cost_cpu.json"
 DENSE_CLIENT = NAMES["fedavg"]
-SHOWN = 0.9  # the sparsity of the README's table
 PUBLISHED = [NAMES[name] for name in HEADLINE]
 """The forms of methods that the published formula was written for: dense uploads, downloads at the target sparsity."""
 WHY_NO_TIME = (
@@ -86,62 +84,64 @@ def published_bytes(run: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(costs, columns=["up_bytes", "down_bytes"])
 
 
-def bytes_table(runs: pd.DataFrame) -> str:
-    """Markdown: what each method sends per client and round, in total, and as a share of FedAvg's; and the total by the
-    published formula, where it applies. Of several seeds the mean."""
+def bytes_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each method sends per client and round, in total, and as a share of FedAvg's; and the total by the published
+    formula, where it applies. Of several seeds the mean."""
     rows, totals = [], headline(runs).assign(both=lambda each: each["up_bytes"] + each["down_bytes"])
+    ways = {"up": "up_bytes", "down": "down_bytes", "total": "both"}
     for label in labels(totals):
         own = totals[totals["label"] == label]
         each = 2**10 * own["rounds"] * own["clients_per_round"]
-        cells = [label, *(f"{(own[way] / each).mean():.1f}" for way in ("up_bytes", "down_bytes"))]
-        cells += [f"{own['both'].mean() / 2**20:.1f}"]
-        shares = [paired(totals, label, DENSE_CLIENT, way, ratio=True) for way in ("up_bytes", "down_bytes", "both")]
-        cells += [f"{share.mean():.3f}" if len(share) else "-" for share in shares]
-        published = label in PUBLISHED
-        rows.append([*cells, _formula(runs[runs["run_id"] == own["run_id"].iloc[0]]) if published else "-"])
-    heads = ["method", "up, KiB per client and round", "down, KiB", "total, MiB", "up / FedAvg", "down / FedAvg"]
-    return table([*heads, "total / FedAvg", "published formula: MiB, share of FedAvg's"], rows)
+        row = {"method": label, "up, KiB per client and round": f"{(own['up_bytes'] / each).mean():.1f}"}
+        row["down, KiB"] = f"{(own['down_bytes'] / each).mean():.1f}"
+        row["total, MiB"] = f"{own['both'].mean() / 2**20:.1f}"
+        shares = {way: paired(totals, label, DENSE_CLIENT, column, ratio=True) for way, column in ways.items()}
+        row |= {f"{way} / FedAvg": f"{share.mean():.3f}" if len(share) else "-" for way, share in shares.items()}
+        formula = _formula(runs[runs["run_id"] == own["run_id"].iloc[0]]) if label in PUBLISHED else "-"
+        rows.append(row | {"published formula: MiB, share of FedAvg's": formula})
+    return pd.DataFrame(rows)
 
 
-def flops_table(layout: Layout, samples: int, config, mask) -> str:
-    """Markdown: GFLOPs of one round's training of all participants, part by part: dense, and counted under `mask`."""
+def flops_table(layout: Layout, samples: int, config, mask) -> pd.DataFrame:
+    """GFLOPs of one round's training of all participants, part by part: dense, and counted under `mask`."""
     forms = {"dense": {}, "masked SGD": {"mask": mask}, "error feedback": {"mask": mask, "error_feedback": True}}
     counts = {name: training_flops(layout, config, samples, **form) for name, form in forms.items()}
-    rows = [
-        [part.replace("_", " "), *(f"{counts[form][part] / 1e9:.3f} ({_share(counts, form, part)})" for form in forms)]
-        for part in counts["dense"]
-    ]
-    return table(["part", *(f"{form}, GFLOP (share)" for form in forms)], rows)
+    columns = {"part": [part.replace("_", " ") for part in counts["dense"]]}
+    for form, own in counts.items():
+        cells = [f"{count / 1e9:.3f} ({count / counts['dense'][part]:.2f})" for part, count in own.items()]
+        columns[f"{form}, GFLOP (share)"] = cells
+    return pd.DataFrame(columns)
 
 
-def clients_table(clients: pd.DataFrame) -> str:
-    """Markdown: seconds and peak memory of one client's training, measured, and the memory that is counted."""
-    rows, mib = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
+def clients_table(clients: pd.DataFrame) -> pd.DataFrame:
+    """Seconds and peak memory of one client's training, measured, and the memory that is counted, in MiB."""
+    rows, counted = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
     for model in clients["split"].unique():
         group = clients[clients["split"] == model]
         for label in group["label"].unique():
-            own = group[group["label"] == label]
-            cells = [model, label]
-            for column in ("seconds", "peak_mib"):
-                cells += [f"{own[column].median():.3g}", _times_dense(group, label, column)]
-            rows.append([*cells, *(f"{own[part].iloc[0] / 2**20:.2f}" for part in mib)])
-    heads = ["model", "client of", "seconds", "/ FedAvg's", "peak, MiB", "/ FedAvg's", "counted: weights", *mib[1:]]
-    return table(heads, rows)
+            own, row = group[group["label"] == label], {"model": model, "client of": label}
+            for column, head in (("seconds", "time, seconds"), ("peak_mib", "peak, MiB")):
+                row[head] = f"{own[column].median():.3g}"
+                row[f"{head.split(',')[0]} / FedAvg's"] = _times_dense(group, label, column)
+            rows.append(row | {f"counted: {part}, MiB": f"{own[part].iloc[0] / 2**20:.2f}" for part in counted})
+    return pd.DataFrame(rows)
 
 
-def models_table(models: pd.DataFrame) -> str:
-    """Markdown: what a pruned model weighs, per model and target sparsity; shares are of the dense one's."""
-    rows = []
-    for row in models.itertuples():
-        sizes = [(row.file, row.dense_file), (row.message, row.dense_message)]
-        cells = [f"{sparse / 2**10:.1f} ({sparse / dense:.3f})" for sparse, dense in sizes]
-        counts = [row.flops / row.dense_flops, row.training_feedback / row.training_dense]
-        counts += [row.training_masked / row.training_dense, row.left / row.weights]
-        shares = ["-" if pd.isna(count) else f"{count:.3f}" for count in counts]
-        rows.append([row.model, f"{row.sparsity:.3f}", *cells, *shares])
-    heads = ["model", "sparsity", "file, KiB (share)", "message, KiB (share)", "forward FLOPs"]
-    heads += ["training FLOPs, error feedback", "training FLOPs, masked SGD", "weights left without dead channels"]
-    return table(heads, rows)
+def models_table(models: pd.DataFrame) -> pd.DataFrame:
+    """What a pruned model weighs, a row per model and target sparsity; shares are of the dense one's."""
+    shares = {
+        "forward FLOPs": models["flops"] / models["dense_flops"],
+        "training FLOPs, error feedback": models["training_feedback"] / models["training_dense"],
+        "training FLOPs, masked SGD": models["training_masked"] / models["training_dense"],
+        "weights left without dead channels": models["left"] / models["weights"],
+    }
+    table = models[["model"]].assign(sparsity=models["sparsity"].map("{:.3f}".format))
+    for part in ("file", "message"):
+        sizes = zip(models[part], models[f"dense_{part}"], strict=True)
+        table[f"{part}, KiB (share)"] = [f"{sparse / 2**10:.1f} ({sparse / dense:.3f})" for sparse, dense in sizes]
+    for head, share in shares.items():
+        table[head] = share.map("{:.3f}".format).where(share.notna(), "-")
+    return table
 
 
 def crossings(rows: pd.DataFrame) -> str:
@@ -174,19 +174,6 @@ def reading(clients: pd.DataFrame, times: pd.DataFrame) -> str:
     return "\n".join(lines).strip()
 
 
-def cost_section(folder: Path) -> str:
-    """Markdown for the README, from the record in the folder `benchmarks`: sizes at 0.9, and what sparsity buys; of one
-    that is not to be quoted only that."""
-    record = read_cost(folder)
-    if record is None:
-        return NOTHING
-    if reservation(record):
-        return circumstances(record)
-    models = record["models"]
-    parts = [models_table(models[models["target"] == SHOWN]), reading(record["clients"], record["times"])]
-    return "\n\n".join([*parts, circumstances(record)])
-
-
 def _formula(run: pd.DataFrame) -> str:
     up, down = published_bytes(run).sum()
     return f"{(up + down) / 2**20:.1f}, {(up + down) / (2 * up):.3f}"  # FedAvg's is twice the dense upload
@@ -195,10 +182,6 @@ def _formula(run: pd.DataFrame) -> str:
 def _times_dense(clients: pd.DataFrame, label: str, column: str) -> str:
     """A column's ratio to that of FedAvg's client, turn by turn."""
     return "1" if label == DENSE_CLIENT else quantity(paired(clients, label, DENSE_CLIENT, column, ratio=True), 3)
-
-
-def _share(counts: dict, form: str, part: str) -> str:
-    return f"{counts[form][part] / counts['dense'][part]:.2f}"
 
 
 def _images(batch: int) -> str:

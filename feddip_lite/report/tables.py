@@ -1,0 +1,119 @@
+"""Tables of runs and methods, as data frames whose cells are for reading; notes and circumstances are sentences.
+
+Notebooks show a table with `captioned`; `tools/publish.py` writes tables into README and docs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from pandas.io.formats.style import Styler
+
+from ..methods.registry import METHODS
+from ..records.names import DAGGER, labels, splits, title_of
+from ..records.store import headline, read_run
+from .statistics import mean_of, paired, quantity
+
+NOTHING = "No recorded runs yet."
+NOTE = (
+    "Final accuracy: mean of the last ten evaluated rounds on the whole test set. `±`: half width of the 95 % Student "
+    "t interval over seeds. Differences are paired by seed. n < 3: the values alone, no interval, no verdict. With a "
+    "row per round and a mask every fifth, two of the ten choose one: there `memory` drops, to recover until the next."
+)
+
+
+def captioned(frame: pd.DataFrame, caption: str) -> Styler:
+    """A table as a notebook shows it: without an index, its caption above, which says so if there are no rows."""
+    caption = caption if len(frame) else f"{caption}: none yet"
+    looks = [{"selector": cell, "props": "text-align: left; vertical-align: top"} for cell in ("th", "td", "caption")]
+    return frame.style.hide(axis="index").format(escape="html").set_caption(caption).set_table_styles(looks)
+
+
+def results_table(results: pd.DataFrame) -> pd.DataFrame:
+    """A row per partition and method of one setting; accuracies are shares of the whole test set."""
+    top5 = "top5_accuracy" in results and results["top5_accuracy"].notna().any()
+    rows, runs = [], headline(results)
+    for split in splits(results):
+        group = runs[runs["split"] == split]
+        for label in labels(group):
+            own = group[group["label"] == label].sort_values("seed")
+            share = paired(group, label, "FedAvg", "mib", ratio=True)
+            row = {"method (preset)": label, "partition": split, "final accuracy": quantity(own["accuracy"])}
+            row |= {"top-5 accuracy": quantity(own["top5_accuracy"])} if top5 else {}
+            row |= {"measured sparsity": mean_of(own["sparsity"], 4), "total MiB": mean_of(own["mib"], 1)}
+            row["share of FedAvg's bytes"] = f"{share.mean():.3f}" if len(share) else "-"
+            difference = quantity(paired(group, label, "FedAvg"), sign="+")
+            row["accuracy minus FedAvg's"] = "-" if label == "FedAvg" else difference
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def circumstances(folder: Path, results: pd.DataFrame) -> str:
+    """One line on where the numbers come from: seeds, data, device and versions, from the runs' provenance."""
+    facts = [read_run(folder, run_id)[1]["provenance"] for run_id in results["run_id"].unique()]
+
+    def each(get):
+        return ", ".join(sorted({str(get(fact)) for fact in facts}))
+
+    seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
+    data, device = each(lambda fact: fact["data"]["source"]), each(lambda fact: fact["device"])
+    return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {each(lambda fact: fact['torch'])}."
+
+
+def ranking_table(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Each method's place, seed by seed, for the accuracies that `statistics.ranking` gives."""
+    places = accuracy.rank(ascending=False).map(lambda place: "-" if np.isnan(place) else f"{place:.0f}")
+    return places.rename(columns=lambda seed: f"seed {seed}").rename_axis(index="method", columns=None).reset_index()
+
+
+def methods_table() -> pd.DataFrame:
+    """A row per method: what it is, how many lines its class has, its presets and its source."""
+    rows = []
+    for name, method in METHODS.items():
+        about = method.about
+        words = {
+            "name": name,
+            "method": title_of(name),
+            "family": about.family,
+            "mask from": about.mask_from,
+            "scope": about.scope,
+            "regrows": "yes" if about.regrows else "no",
+            "client step": about.step,
+            "up": about.up,
+            "down": about.down,
+            "lines": _lines_of(method),
+            "presets": ", ".join(method.presets),
+            "source": about.source,
+        }
+        rows.append({head: word or "-" for head, word in words.items()})
+    return pd.DataFrame(rows)
+
+
+def assumptions() -> str:
+    """Markdown: what was assumed for each reconstruction, a line each."""
+    abouts = {title_of(name): method.about.assumed for name, method in METHODS.items()}
+    notes = [f"- {title}: {assumed}" for title, assumed in abouts.items() if assumed]
+    return "\n".join([f"{DAGGER} A reconstruction: its source's details were not to be had. Assumed:", "", *notes])
+
+
+def settings_table(path: Path) -> pd.DataFrame:
+    """A row per setting of each method and preset, with its value and source, from `params/methods.yaml`."""
+    rows = []
+    for name, presets in yaml.safe_load(path.read_text()).items():
+        for preset, settings in presets.items():
+            for setting, (value, source) in settings.items():
+                value = "from another" if value is None else str(value)
+                rows.append((title_of(name), preset, setting, value, source))
+    return pd.DataFrame(rows, columns=["method", "preset", "setting", "value", "source"])
+
+
+def _lines_of(method: type) -> str:
+    """Lines of the class that are not empty; none where its source is not at hand, as in an interactive session."""
+    try:
+        return str(sum(bool(line.strip()) for line in inspect.getsource(method).splitlines()))
+    except (OSError, TypeError):
+        return ""

@@ -1,0 +1,145 @@
+"""Laws of `tools/publish.py`: figures and texts follow from what is recorded; writing twice changes nothing."""
+
+import importlib.metadata
+import json
+import re
+import shutil
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import FAST, tiny_config
+from test_setup import tool
+
+from feddip_lite.records import catalogue
+from feddip_lite.records.store import ROOT
+from feddip_lite.report.style import save_figure
+from feddip_lite.report.tables import NOTHING, results_table
+from feddip_lite.studies.cost.tables import circumstances, read_cost
+from feddip_lite.train.run import train
+
+publish = tool("publish")
+PINNED = re.search(r"^matplotlib==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+NAMES = re.compile(r'(?<=id=")[^"]*|(?<=href="#)[^"]*|(?<=url\(#)[^)]*')  # some are hashes of coordinates
+BEGIN, END = publish.markers("part")
+
+pytestmark = pytest.mark.usefixtures("agg")
+as_pinned = pytest.mark.skipif(
+    importlib.metadata.version("matplotlib") != PINNED, reason=f"figures are drawn with matplotlib {PINNED}"
+)
+drawn = {}
+
+
+# ---- figures
+
+
+@as_pinned
+@pytest.mark.parametrize("part", publish.PARTS, ids=lambda part: part.__name__)
+def test_published_figures_follow_from_what_is_recorded(part, tmp_path):
+    """As text, numbers and pixels, so that another processor's last bits do not count."""
+    names = set()
+    for name, figure in part(ROOT):
+        image, again = save_figure(figure, name, tmp_path)
+        plt.close(figure)
+        pixels, drawn_now = (plt.imread(path) for path in (ROOT / "figures" / image.name, image))
+        assert pixels.shape == drawn_now.shape, f"{name}: run make figures"
+        assert (np.abs(pixels - drawn_now) > 0.05).any(-1).mean() < 1e-4, f"{name}: run make figures"
+        kept, fresh = (NAMES.sub("", path.read_text()) for path in (ROOT / "figures" / again.name, again))
+        assert NUMBER.sub("", kept) == NUMBER.sub("", fresh), f"{name}: run make figures"
+        numbers = (np.array(NUMBER.findall(text), float) for text in (kept, fresh))
+        np.testing.assert_allclose(*numbers, atol=1e-3, err_msg=f"{name}: run make figures")
+        names.add(name)
+    drawn[part] = names
+
+
+@as_pinned
+def test_there_is_no_other_figure():
+    if set(drawn) != set(publish.PARTS):
+        pytest.skip("not all figures were drawn again in this process")
+    for suffix in ("svg", "png"):
+        assert {path.stem for path in (ROOT / "figures").glob(f"*.{suffix}")} == set.union(*drawn.values())
+
+
+# ---- the whole, on a checkout where hardly anything is recorded
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A README, docs and rules, and no results."""
+    for name in ("README.md", "docs/claims.md", "params/claims.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_writing_twice_gives_the_same_bytes(checkout):
+    assert publish.main([f"--root={checkout}"]) == 0
+    once = contents(checkout)
+    assert publish.main([f"--root={checkout}"]) == 0
+    assert contents(checkout) == once
+    assert {path.stem for path in (checkout / "figures").iterdir()} == {"feddip_workflow", "pruning", "schedules"}
+    readme, page = ((checkout / name).read_text() for name in ("README.md", "docs/claims.md"))
+    assert readme.count(NOTHING) == 2 and "Nothing measured yet." in readme
+    rules = yaml.safe_load((checkout / "params" / "claims.yaml").read_text())["claims"]
+    assert [text.count("| not tested at this scale |") for text in (readme, page)] == [len(rules)] * 2
+
+
+def test_a_page_without_its_markers_is_one_line_and_status_1(checkout, capsys):
+    (checkout / "docs" / "claims.md").write_text("no markers")
+    assert publish.main([f"--root={checkout}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tools/publish.py: claims.md: needs the lines <!-- claims:begin -->")
+
+
+# ---- README and docs
+
+
+def test_the_section_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        publish.write_section(readme, "part", "new")
+    assert readme.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+
+
+@pytest.mark.parametrize("content", ["", BEGIN, END + BEGIN, BEGIN * 2 + END])
+def test_missing_or_doubled_markers_are_refused(tmp_path, content):
+    readme = tmp_path / "README.md"
+    readme.write_text(content)
+    with pytest.raises(ValueError, match="README.md: needs the lines"):
+        publish.write_section(readme, "part", "new")
+    assert readme.read_text() == content
+
+
+def test_a_frame_becomes_a_markdown_table_of_its_cells():
+    frame = pd.DataFrame({"method": ["FedAvg", "FedDIP"], "pairs": [3, 10]})
+    assert publish.markdown(frame) == "| method | pairs |\n| --- | --- |\n| FedAvg | 3 |\n| FedDIP | 10 |"
+
+
+def test_results_stand_by_setting_with_their_circumstances(tmp_path, monkeypatch):
+    queue = [tiny_config(method=method, **{**FAST, "rounds": 2}) for method in ("fedavg", "feddip")]
+    runs = train(queue, tmp_path / "results" / "lite")
+    monkeypatch.setattr(catalogue, "profile_queue", lambda profile: queue)
+    section = publish.results_part(tmp_path)
+    assert "digits, LeNet-5, T = 2 rounds" in section and "profile `lite`" in section
+    assert publish.markdown(results_table(runs)) in section
+    assert "Seeds: 0. Data: Handwritten digits" in section and "n < 3" in section
+
+
+def test_a_rehearsal_of_costs_is_named_and_not_quoted(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    assert publish.cost_part(tmp_path) == NOTHING
+    record = json.loads((ROOT / "benchmarks" / "cost_cpu.json").read_text())
+    for rehearsal in (False, True):
+        record["provenance"] |= {"rehearsal": rehearsal, "load": {"before": 0.0}}
+        (tmp_path / "benchmarks" / "cost_cpu.json").write_text(json.dumps(record))
+        said = publish.cost_part(tmp_path)
+        assert said.endswith(circumstances(read_cost(tmp_path / "benchmarks")))
+        assert ("| LeNet-5 | 0.900 |" in said) is not rehearsal

@@ -1,0 +1,312 @@
+"""Write what the repository shows of its recorded runs: `python tools/publish.py`
+
+Every figure in figures/, and the generated parts of README.md and docs/, which stand between their markers. All of it
+follows from results/, benchmarks/ and params/: nothing is trained, and writing twice gives the same bytes.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from feddip_lite.records.catalogue import RECORDED, comparable, main_runs, profile_queue, recorded, rows_choosing_masks
+from feddip_lite.records.names import HEADLINE, splits
+from feddip_lite.records.store import ROOT, atomic_write
+from feddip_lite.report import curves, diagrams
+from feddip_lite.report.style import save_figure
+from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
+from feddip_lite.studies import layers, sparsity_sweep
+from feddip_lite.studies.bound import figures as bound_figures
+from feddip_lite.studies.bound import tables as bound_tables
+from feddip_lite.studies.claims import RULE, claims_table
+from feddip_lite.studies.cost import figures as cost_figures
+from feddip_lite.studies.cost import tables as cost_tables
+
+Named = Iterator[tuple[str, Figure]]
+"""File names without suffix, and their figures; none where nothing is recorded."""
+
+
+def publish(root: Path) -> None:
+    """Write all of it into the checkout at `root`.
+
+    Raises:
+        ValueError: a damaged record, or a page without its markers; names the file.
+    """
+    for part in PARTS:
+        for name, figure in part(root):
+            save_figure(figure, name, root / "figures")
+            plt.close(figure)
+    for (file, name), text in generated_parts(root).items():
+        write_section(root / file, name, text)
+
+
+@functools.cache
+def comparisons(root: Path) -> list[tuple[str, str, pd.DataFrame]]:
+    """(profile, name, runs) of every recorded main comparison."""
+    return [(each, name, runs) for each in RECORDED for name, runs in main_runs(each, root / "results").items()]
+
+
+# ---- figures
+
+
+def ideas(root: Path) -> Named:
+    """The workflow, pruning, and the schedules in the slides' setting: these need no results."""
+    slides = profile_queue("paper", method="feddip", preset="paper")[0].resolved()
+    shape = (slides.rounds, slides.initial_sparsity, slides.target_sparsity, slides.penalty_max, slides.penalty_steps)
+    yield "feddip_workflow", diagrams.workflow()
+    yield "pruning", diagrams.before_after_pruning()
+    yield "schedules", diagrams.schedules(*shape)
+
+
+def accuracies(root: Path) -> Named:
+    """Accuracy against rounds and bytes, of the paper's own question and of every method; one set per comparison."""
+    for profile, name, runs in comparisons(root):
+        title = f"Recorded, profile {profile}"
+        own = runs[runs["method"].isin(HEADLINE)]
+        yield f"{name}_{profile}_accuracy", curves.accuracy_curves({title: own[own["preset"] != "memory"]})
+        readings = own[own["method"] == "feddip"]
+        if readings["preset"].nunique() > 1:  # `memory` among them: beside all others its curve would hide the rest
+            yield f"{name}_{profile}_presets", curves.accuracy_curves({title: readings}, x=["round"])
+        if set(runs["method"]) <= set(HEADLINE):
+            continue
+        if len(comparable(runs)):
+            yield f"{name}_{profile}_methods", curves.accuracy_for_bytes(runs, title)
+        for split in splits(comparable(runs)):
+            figure = curves.families(runs[runs["split"] == split], title)
+            yield f"{name}_{profile}_families_{split.split()[0].lower()}", figure
+
+
+def masks(root: Path) -> Named:
+    """Overlap, regrown weights and pruning error in the rounds that choose a mask, for each comparison's first
+    partition; and the sparsity of every tensor beside ERK's, for the runs that recorded it."""
+    for profile, name, runs in comparisons(root):
+        title = f"Recorded, profile {profile}"
+        pruning = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["split"] == splits(runs)[0])]
+        chosen = rows_choosing_masks(pruning)
+        if len(chosen):
+            columns = ["mask_overlap", "regrown", "pruning_error"]
+            yield f"{name}_{profile}_masks", curves.column_panels(chosen, columns, title)
+    for name, rows in layers.recorded_layers(root / "results").items():
+        yield name, layers.layer_bars(rows, "Recorded")
+
+
+def extreme(root: Path) -> Named:
+    """Accuracy against target sparsity, and each of FedDIP's settings changed alone."""
+    records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist", partition="iid")
+    swept = sparsity_sweep.recorded_sweep(records)
+    if len(swept):
+        yield "extreme_sparsity", sparsity_sweep.sweep(swept, "Recorded, profile lite")
+    for target in (0.9, 0.995):
+        varied = sparsity_sweep.ablations(records[records["target_sparsity"] == target])
+        if varied["variant"].nunique() > 1:
+            yield f"feddip_ablations_{target:g}", sparsity_sweep.ablation(varied, "Recorded, profile lite")
+
+
+def bound(root: Path) -> Named:
+    """The terms of the convergence bound on the recorded paths."""
+    records, title = bound_tables.recorded_paths(root / "results"), "Recorded, profile lite"
+    usual, varied = records[records["label"] == "FedDIP"], bound_tables.interval_study(records)
+    if len(usual):
+        yield "bound_terms", bound_figures.terms(usual, title)
+        yield "bound_path", bound_figures.path(usual, title)
+        yield "bound_shares", bound_figures.shares(usual, title)
+    if len(varied):
+        yield "bound_pruning", bound_figures.pruning_term(varied, title)
+
+
+def cost(root: Path) -> Named:
+    """Bytes of the recorded runs; latency and size of pruned models as `benchmarks/cost.py` measured them."""
+    runs = main_runs("lite", root / "results").get("lenet5_fashionmnist")
+    if runs is not None:
+        even = runs[runs["split"] == splits(runs)[0]]
+        yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
+    record = cost_tables.read_cost(root / "benchmarks")
+    if record:
+        source = cost_tables.source(record)
+        yield "cost_layers", cost_figures.latency(record["layers"], f"Each model's largest linear layer. {source}")
+        yield "cost_latency", cost_figures.latency(record["times"], f"Whole models. {source}")
+        yield "cost_files", cost_figures.file_sizes(record["models"], f"Size of pruned models, counted. {source}")
+
+
+PARTS = (ideas, accuracies, masks, extreme, bound, cost)
+
+
+# ---- README and docs
+
+
+def generated_parts(root: Path) -> dict[tuple[str, str], str]:
+    """(file, name in its markers) -> Markdown, for the checkout at `root`."""
+    claims = claims_part(root)
+    return {
+        ("README.md", "methods"): methods_part(),
+        ("README.md", "results"): results_part(root),
+        ("README.md", "claims"): claims,
+        ("README.md", "cost"): cost_part(root),
+        ("README.md", "benchmark"): benchmark_part(root),
+        ("docs/claims.md", "claims"): claims.replace("](notebooks/", "](../notebooks/"),
+    }
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines before and after a generated part."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put `text` between the markers `name` of a Markdown file; every other byte stays.
+
+    Raises:
+        ValueError: the file lacks a marker, or has one twice or in the wrong order.
+    """
+    begin, end = markers(name)
+    content = path.read_text(encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise ValueError(f"{path.name}: needs the lines {begin} and {end}, once each and in this order")
+    before, after = content.split(begin)[0], content.split(end)[1]
+    atomic_write(path, f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table of a frame's cells, as they are; what is Markdown in them stays Markdown."""
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def methods_part() -> str:
+    """What each method is, and what was assumed for the reconstructions."""
+    table = methods_table().astype(str).replace(r"([|*])", r"\\\1", regex=True)
+    as_code = {"name": "`" + table["name"] + "`", "presets": "`" + table["presets"].str.replace(", ", "`, `") + "`"}
+    return f"{markdown(table.assign(**as_code))}\n\n{assumptions()}"
+
+
+def results_part(root: Path) -> str:
+    """A table per recorded comparison, with its circumstances."""
+    parts = []
+    for profile, _, runs in comparisons(root):
+        parts += [f"**{runs['setting'].iloc[0]}** (profile `{profile}`)", markdown(results_table(runs))]
+        parts += [circumstances(root / "results" / profile, runs)]
+    return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
+
+
+def claims_part(root: Path) -> str:
+    """The settings, every claim and its verdict, and the rule behind the verdicts; links start from the checkout."""
+    table = claims_table(root / "results", root / "params" / "claims.yaml")
+    links = [f"[{name[:2]}](notebooks/{name}.ipynb)" for name in table["notebook"]]
+    again = table.duplicated(["claim", "source", "notebook"])  # a claim's further settings
+    table = table.assign(notebook=links)
+    table.loc[again, ["claim", "source", "notebook"]] = ""
+    settings = "\n".join(f"- {runs['setting'].iloc[0]} (profile `{profile}`)" for profile, _, runs in comparisons(root))
+    return "\n\n".join(part for part in (settings, markdown(table), RULE) if part)
+
+
+def cost_part(root: Path) -> str:
+    """Sizes at sparsity 0.9, and what sparsity buys; of measurements that are not to be quoted only that."""
+    record = cost_tables.read_cost(root / "benchmarks")
+    if record is None:
+        return NOTHING
+    if cost_tables.reservation(record):
+        return cost_tables.circumstances(record)
+    sizes = cost_tables.models_table(record["models"][record["models"]["target"] == 0.9])
+    said = cost_tables.reading(record["clients"], record["times"])
+    return "\n\n".join([markdown(sizes), said, cost_tables.circumstances(record)])
+
+
+# ---- what benchmarks/ says of speed
+
+PLACE = {"one process": "in one process", "simulation": "on Flower's simulation"}
+ENGINES = {"a": "total_s", "b": "total_s", "c": "total_s", "d": "train_s", "d+": "train_s"}  # d evaluates nothing
+CONTENDERS = (
+    "**a** the published procedure, rebuilt from its description; **b** a careful PyTorch loop, one client after the "
+    "other; **c** this package; **d** the bare forward and backward of stock operators on the same batches, clients "
+    "side by side, and **d+** the same where malloc keeps freed memory, as under c. Seconds per round, training "
+    "and evaluation: median (minimum to maximum), or the one round measured; d evaluates nothing, so **c/d** and "
+    "**c/d+** compare training alone."
+)
+
+
+def benchmark_part(root: Path) -> str:
+    """The recorded tables of `benchmarks/`, a row per model, and how cost grows."""
+    words = {"engine_cpu": _engine, "engine_cuda": _engine, "growth_cpu": _growth, "masks_cpu": _masks}
+    words["flower_cpu"] = _flower
+    paths = {root / "benchmarks" / f"{name}.json": said for name, said in words.items()}
+    parts = [said(json.loads(path.read_text())) for path, said in paths.items() if path.exists()]
+    return "\n\n".join([*parts, CONTENDERS] if parts else ["Nothing measured yet."])
+
+
+def _engine(record: dict) -> str:
+    rows = []
+    for model, row in record["table"].items():
+        epochs = row["settings"].get("local_epochs", 5)
+        cells = {"model": f"{model}, {epochs} epoch{'s' * (epochs > 1)}"}
+        cells |= {name: _spread(row[name][of]) if name in row else "-" for name, of in ENGINES.items()}
+        for upper, lower in (("a", "c"), ("b", "c"), ("c", "d"), ("c", "d+")):
+            known, of = {upper, lower} <= set(row), ENGINES[lower]
+            cells[f"{upper}/{lower}"] = f"{row[upper][of]['median'] / row[lower][of]['median']:.2f}" if known else "-"
+        rows.append({**cells, "peak MiB of c": f"{row['c']['peak_mb']:.0f}"})
+    facts = record["provenance"]
+    where = f"{facts['device']}, {facts['cpus']} cores, torch {facts['torch']}, Python {facts['python']}"
+    return f"{markdown(pd.DataFrame(rows))}\n\nMeasured in one run, taking turns: {where}, {facts['precision']}."
+
+
+def _spread(value: dict) -> str:
+    spread = f" ({value['min']:.2f} to {value['max']:.2f})" if value["min"] < value["max"] else ""
+    return f"{value['median']:.2f}{spread}"
+
+
+def _growth(record: dict) -> str:
+    rows = record["rows"]
+    by_clients = [row for row in rows if "clients" in row]
+    clients = ", ".join(str(row["clients"]) for row in by_clients)
+    peaks = ", ".join(f"{row['peak_mb']:.0f}" for row in by_clients)
+    per_step = [1e3 * row["train_s"] / row["steps"] for row in rows if "clients" not in row]
+    return (
+        f"LeNet-5 on Fashion-MNIST over {clients} clients: peak memory {peaks} MiB; start-up with "
+        f"{by_clients[-1]['clients']} clients {by_clients[-1]['start_s']:.1f} s. Training costs {min(per_step):.2f} to "
+        f"{max(per_step):.2f} ms a step, whether clients per round go from 5 to 20 or local epochs from 1 to 10."
+    )
+
+
+def _flower(record: dict) -> str:
+    """What a round costs on Flower's simulation, beside the same round in one process."""
+    said = []
+    for model, rows in groupby(record["rows"], lambda row: row["model"]):
+        seconds = " and ".join(f"{_spread(row['seconds'])} s {PLACE[row['place']]}" for row in rows)
+        said.append(f"{model} {seconds}")
+    return (
+        f"A round of FedAvg on digits, one local step per client, 5 of {record['provenance']['clients']} clients, "
+        f"takes: {'; '.join(said)} (median, minimum to maximum, after the first)."
+    )
+
+
+def _masks(record: dict) -> str:
+    rows = record["rows"]
+    millions = rows[0]["prunable"] / 1e6
+    each = ", ".join(f"{row['per_round_s']:.2f} s at sparsity {row['sparsity']:g}" for row in rows)
+    return (
+        f"Choosing and coding a mask of AlexNet's {millions:.1f} million prunable weights every fifth round costs the "
+        f"server, per round: {each}."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="the checkout; default: this one")
+    matplotlib.use("Agg")
+    try:
+        publish(parser.parse_args(arguments).root.resolve())
+    except (ValueError, OSError) as error:
+        print(f"tools/publish.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
