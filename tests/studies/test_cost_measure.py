@@ -1,6 +1,7 @@
 """Laws of the cost measurements: what is counted is counted right, what is timed computes the same, and a form that is
 called faster is."""
 
+import json
 import math
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from conftest import FAST, tiny_config
 from torch import nn
 
+from feddip_lite.config import Config
 from feddip_lite.core.flat import Layout
 from feddip_lite.core.models import build_model
 from feddip_lite.records.kept_model import model_file
+from feddip_lite.records.store import ROOT
 from feddip_lite.studies.cost import measure as cost_runs
 from feddip_lite.studies.cost.client import client_rows
 from feddip_lite.studies.cost.count import flops, packed_bytes, training_flops
@@ -102,6 +105,18 @@ def test_sizes_are_those_of_mask_message_and_file(name):
     by_hand = [training_flops(layout, config, 1, **part)["total"] for part in parts]
     assert [row[f"training_{name}"] for name in ("dense", "feedback", "masked")] == by_hand
     assert math.isnan(row["left"]) if name == "resnet18" else row["left"] <= layout.size
+
+
+def test_recorded_file_sizes_are_those_of_models_with_that_many_weights():
+    record = json.loads((ROOT / "benchmarks" / "cost_cpu.json").read_text())
+    shapes = {model_name(Config(**each)): each for each in record["settings"]["models"]}
+    for row in record["models"]:
+        shape = shapes[row["model"].removesuffix(", FedDIP's masks")]
+        layout = Layout.of(untrained(shape["dataset"], shape["model"], shape["width"]))
+        weights, statistics = torch.zeros(layout.size), torch.zeros(layout.buffer_size)
+        for name, kept in {"file": row["kept"], "dense_file": row["prunable"]}.items():
+            mask = torch.arange(layout.prunable) < kept
+            assert row[name] == len(model_file(layout, weights, mask, statistics))
 
 
 def test_a_layer_is_timed_dense_and_csr_at_every_sparsity_and_draws_nothing_global():

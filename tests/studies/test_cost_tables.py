@@ -173,7 +173,7 @@ def test_a_latency_figure_marks_the_crossing_and_only_forms_that_were_timed():
 def test_sizes_are_drawn_in_kib_over_the_target():
     (panel,) = cost_figures.file_sizes(models(), "Tiny").axes
     drawn = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
-    assert drawn["file: values and indices"] == [1.0, 1.0] and drawn["dense file"] == [4.0, 4.0]
+    assert drawn["file: values and a bit per weight"] == [1.0, 1.0] and drawn["dense file"] == [4.0, 4.0]
     assert drawn["published formula 4n(1 - s)"] == pytest.approx([4 * 0.5 / 1.024, 4 * 0.1 / 1.024])
 
 

@@ -96,7 +96,7 @@ def file_sizes(models: pd.DataFrame, title: str) -> Figure:
         own = models[models["model"] == name].sort_values("target")
         places = range(len(_sparsity_axis(panel, own["target"])))
         formula = 4 * own["weights"] * (1 - own["sparsity"])
-        lines = {"dense file": own["dense_file"], "file: values and indices": own["file"]}
+        lines = {"dense file": own["dense_file"], "file: values and a bit per weight": own["file"]}
         lines |= {"message: values and coded mask": own["message"], "published formula 4n(1 - s)": formula}
         looks = ((INK, "_-"), (FORM_COLOURS[CSR], "o-"), (FORM_COLOURS[SHRUNK], "s-"), (INK, "_:"))
         for (label, sizes), (colour, line) in zip(lines.items(), looks, strict=True):
