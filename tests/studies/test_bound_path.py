@@ -25,6 +25,7 @@ from feddip_lite.studies.bound.tables import (
     TERMS,
     bound_of,
     checkpoints,
+    each_run,
     estimates_table,
     gamma_of,
     overtaking,
@@ -281,22 +282,21 @@ def three() -> pd.DataFrame:
 
 
 def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
-    panel = bound_figures.terms(three(), "Tiny").axes[-1]
-    lines = {line.get_label(): line for line in panel.lines}
     run = record(partition="pathological")
-    assert panel.get_title("left") == "2 classes per client, experiments' setting"
-    assert list(lines["left side: running mean"].get_ydata()) == pytest.approx([6, 4, 3])
-    drawn = lines["pruning"].get_ydata()
-    assert list(drawn[1:]) == pytest.approx([bound_of(run).pruning * part / 15 for part in (1, 3, 7, 15)])
-    assert set(lines["drift"].get_ydata()) == {bound_of(run).drift}
-    assert lines["noise, as printed"].get_ydata()[0] == bound_of(run, printed=True).noise
-    assert lines[r"drift, median $\gamma$"].get_ydata()[0] == bound_of(run, typical=True).drift
+    lines = {name: list(own["y"]) for name, own in bound_figures.term_lines(run).groupby("name")}
+    assert lines["left side: running mean"] == pytest.approx([6, 4, 3])
+    assert lines["pruning"] == pytest.approx([bound_of(run).pruning * part / 15 for part in (1, 3, 7, 15)])
+    assert set(lines["drift"]) == {bound_of(run).drift}
+    assert lines["noise, as printed"][0] == bound_of(run, printed=True).noise
+    assert lines[r"drift, median $\gamma$"][0] == bound_of(run, typical=True).drift
 
 
-def test_a_partition_without_a_run_in_a_setting_leaves_its_panel_empty():
+def test_each_run_has_a_panel_of_terms():
     panels = bound_figures.terms(three(), "Tiny").axes
-    assert [len(panel.lines) > 0 for panel in panels] == [True, False, True, True]
-    assert [panel.axison for panel in panels] == [True, False, True, True]
+    settings = ["IID, theorem's setting", "IID, experiments' setting", "2 classes per client, experiments' setting"]
+    assert [panel.get_title("left") for panel in panels] == settings
+    lines = [bound_figures.term_lines(run)["name"].nunique() for run in each_run(three())]
+    assert [len(panel.lines) for panel in panels] == lines
 
 
 def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
@@ -310,9 +310,8 @@ def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
 def test_shares_add_up_to_the_whole_in_both_forms():
     figure = bound_figures.shares(three(), "Tiny")
     for panel in figure.axes:
-        widths = np.array([[bar.get_width() for bar in bars] for bars in panel.containers])
-        assert widths.shape == (len(TERMS), 6)
-        np.testing.assert_allclose(widths.sum(0), 100)
+        shown = panel.collections[0].get_array().reshape(6, len(TERMS))
+        np.testing.assert_allclose(shown.sum(1), 100)
     labels = [text.get_text().rpartition(",")[0] for text in figure.axes[0].get_yticklabels()]
     assert labels[::2] == [
         "IID, theorem's setting",
@@ -324,8 +323,8 @@ def test_shares_add_up_to_the_whole_in_both_forms():
 def test_pruning_term_has_a_line_per_preset_over_the_intervals_that_were_run():
     runs = [record(mask_interval=r, preset=preset) for r in (1, 20) for preset in ("paper", "memory")]
     figure = bound_figures.pruning_term(pd.concat([*runs, record(mask_interval=5)]), "Tiny")
-    removed = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
-    assert removed == {"paper": [0, 1, 2], "memory": [0, 2]}
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[0, 1, 2], [0, 2]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["preset paper", "preset memory"]
     assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["1", "5", "20"]
     assert set(figure.axes[1].lines[0].get_ydata()) == {bound_of(record()).pruning}
 
