@@ -87,7 +87,9 @@ def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str |
     rows = pd.concat([part.assign(row=row, column=column) for (row, column), part in parts.items()])
     names, looks = _names(rows, results)
     rows = rows.assign(name=rows["label"].map(names))
-    panels = style.line_panels(rows, looks, "", row="row", col="column", **by)
+    down, across = (list(dict.fromkeys(keys)) for keys in zip(*parts, strict=True))
+    by = {"row": "row", "col": "column", "row_order": down, "col_order": across, **by}
+    panels = style.line_panels(rows, looks, "", **by)
     for (row, column), panel in panels.axes_dict.items():
         x = column.split("|")[0] if y else "round"
         panel.set(xlabel=AXES[x], ylabel=AXES[y or column])
@@ -100,7 +102,6 @@ def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str |
             _zoom(panel, rows if by["sharey"] is True else rows[rows["row"] == row])
         for line in panel.lines:
             line.set_drawstyle(DRAWN.get(column, "default"))
-    style.legend(panels.figure, looks)
     return panels
 
 
@@ -143,10 +144,8 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
         style.log_ticks(panel.xaxis)
         bar = own.groupby("label").size().max() < 3 and _seed_bar(panel, every[every["split"] == split])
         pending.append((panel, points))
-    shown = [family for family in FAMILIES if family in set(runs["method"].map(family_of))]
-    style.legend(
-        figure, {name: {"color": style.FAMILY_COLOURS[name][0], "marker": "o", "ls": "none"} for name in shown}
-    )
+    shown = {name: style.FAMILY_COLOURS[name][0] for name in FAMILIES if name in set(runs["method"].map(family_of))}
+    style.legend(figure, {name: {"color": colour, "marker": "o", "ls": "none"} for name, colour in shown.items()})
     words = "hollow: a preset or form of a method; dotted: the methods that none beats in both"
     words += "; grey bar: 95 % interval of FedDIP over its seeds" * bool(bar)
     seeds = counted(title, runs.groupby(["split", "label"]).size())
@@ -180,7 +179,7 @@ def averaged(results: pd.DataFrame, x: str, y: str, window: int = 1) -> pd.DataF
         else:
             found.append(whole.assign(n=count, unit=whole["seed"].astype(str)))
         found.append(broken.assign(n=0, unit=broken["run_id"], label=label + BROKEN))
-    rows = pd.concat([lines for lines in found if len(lines)], ignore_index=True)
+    rows = pd.concat([part for part in found if len(part)] or [runs.assign(n=0, unit="")], ignore_index=True)
     last = ~rows.duplicated(["label", "unit"], keep="last")
     return rows.assign(ends=last & (rows["n"] == 0))  # a run that broke down is drawn up to there
 

@@ -111,7 +111,7 @@ def grid(rows: int, columns: int, height: float, width: float = WIDTH) -> tuple[
 def line_panels(
     rows: pd.DataFrame, looks: Mapping[str, Mapping], title: str = "{col_name}", height: float = 2.5, **facets
 ) -> sns.FacetGrid:
-    """A grid of panels of lines (`lines`), one figure wide.
+    """A grid of panels of lines (`lines`), one figure wide, with a legend of the names that occur.
 
     Args:
         rows: as `lines` takes them, with the columns that make the panels.
@@ -119,48 +119,49 @@ def line_panels(
         facets: of seaborn's FacetGrid: `row`, `col`, `col_wrap`, their orders, what panels share.
     """
     panels = sns.FacetGrid(rows, height=height, **{"sharex": False, "sharey": False, **facets})
-    panels.map_dataframe(lines, looks=looks).set_titles("").set_titles(title, loc="left", size=9.5)
-    for panel in panels.axes.flat:
-        panel.set_axis_on() if panel.lines else panel.set_axis_off()
+    for (row, column, _), own in panels.facet_data():
+        panel = panels.facet_axis(row, column)
+        lines(own, looks, panel) if len(own) else panel.set_visible(False)
+    panels.set_titles("").set_titles(title, loc="left", size=9.5)
     count = panels.axes.flat[0].get_gridspec().nrows
     panels.figure.set_size_inches(WIDTH, height * count + 0.9)
     panels.figure.set_layout_engine("constrained")
+    legend(panels.figure, {name: look for name, look in looks.items() if name in set(rows["name"])})
     return panels
 
 
-def lines(data: pd.DataFrame, looks: Mapping[str, Mapping], panel: Axes | None = None, **_) -> None:
-    """Lines with their bands on one panel, by default the current one.
+def lines(data: pd.DataFrame, looks: Mapping[str, Mapping], panel: Axes) -> None:
+    """Lines with their bands on one panel.
 
     Args:
         data: a row per point: `x`, `y`, `name`, and where there are any `unit`, which tells the lines of one name
             apart; `low` and `high`, a band; `ends`, true where a line breaks off and gets a cross.
         looks: name -> color, marker and dashes. Where lines lie on each other, their markers do not.
     """
-    panel, names = panel or plt.gca(), [name for name in looks if name in set(data["name"])]
-    each = {key: {name: looks[name][look] for name in names} for key, look in _SEMANTICS.items()}
+    names = [name for name in looks if name in set(data["name"])]
     data = data.assign(**{name: value for name, value in _PLAIN.items() if name not in data})
+    line = data.groupby(["name", "unit"])["y"]
+    every = -(-line.transform("size") // 8)  # about eight markers a line
+    marked = line.cumcount() % every == data["name"].map(names.index) * every // len(names)
+    palette, markers, dashes = ({name: looks[name][key] for name in names} for key in ("color", "marker", "dashes"))
+    same = {"x": "x", "y": "y", "hue": "name", "style": "name", "hue_order": names, "style_order": names}
+    same |= {"palette": palette, "legend": False, "ax": panel}
     single = data["unit"] != ""
-    sns.lineplot(
-        data, x="x", y="y", hue="name", style="name", hue_order=names, style_order=names, units="unit", estimator=None,
-        size=single, sizes={False: 1.8, True: 1.0}, markersize=5.5, markeredgewidth=0.6, legend=False, ax=panel, **each,
-    )  # fmt: skip
-    for place, line in enumerate(panel.lines):
-        every = -(-len(line.get_xdata()) // 8)
-        line.set_markevery((place * every // len(panel.lines), every))
+    sns.lineplot(data, **same, dashes=dashes, units="unit", estimator=None, size=single, sizes={False: 1.8, True: 1.0})
+    sns.scatterplot(data[marked], **same, markers=markers, s=32, zorder=3)
     for name, band in data.dropna(subset=["low"]).groupby("name"):
         panel.fill_between(band["x"], band["low"], band["high"], color=looks[name]["color"], alpha=0.15, linewidth=0)
     for end in data[data["ends"]].itertuples():
-        panel.plot(end.x, end.y, "X", color=looks[end.name]["color"], markersize=9)
+        panel.plot(end.x, end.y, "X", color=looks[end.name]["color"], markersize=9, zorder=4)
 
 
-_SEMANTICS = {"palette": "color", "markers": "marker", "dashes": "dashes"}
 _PLAIN = {"unit": "", "low": np.nan, "high": np.nan, "ends": False}
 
 
 def legend(place: Figure | Axes, looks: Mapping[str, Mapping], **where) -> None:
     """A legend of a panel, or one below all panels of a figure; looks: name -> color, marker and dashes."""
     handles = [Line2D([], [], label=name, **{"markeredgecolor": "white", **look}) for name, look in looks.items()]
-    columns = max(1, min(4, 130 // (max(map(len, looks)) + 12)))
+    columns = max(1, min(4, 130 // (max(map(len, looks), default=0) + 12)))
     place.legend(handles=handles, **(where or {"loc": "outside lower center", "ncols": columns}))
 
 
@@ -187,13 +188,9 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None
             if free and box[0] > 0 and box[2] < size[0] and box[1] > 0:
                 break
         taken.append(box)
-        line = (
-            {"arrowprops": {"arrowstyle": "-", "color": GREY, "linewidth": 0.6}}
-            if abs(up) > 5 or abs(right) > 9
-            else {}
-        )
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "visible": np.hypot(right, up) > 11}
         side = {"ha": "left" if right > 0 else "right", "va": "center", "fontsize": 8}
-        panel.annotate(name, point, (right, up), textcoords="offset points", color=INK, **side, **line)
+        panel.annotate(name, point, (right, up), textcoords="offset points", color=INK, arrowprops=line, **side)
 
 
 def counted(label: str, seeds: Collection[int]) -> str:
@@ -204,17 +201,17 @@ def counted(label: str, seeds: Collection[int]) -> str:
 def over_seeds(
     data: pd.DataFrame, x: str, y: str, looks: Mapping[str, Mapping], panel: Axes, joined: bool = False, **more
 ) -> None:
-    """A point per run beside the mean of each `name` with its 95 % Student interval, if there are three, for every
-    place on an axis of categories; names stand side by side. The categories are `x`, or `y` if that is no number.
+    """A point per run and the mean of each `name`, with its 95 % Student interval if there are three, for every place
+    on an axis of categories; names stand side by side. The categories are `x`, or `y` if that is no number.
 
     Args:
-        data: a row per run: `x`, `y`, `name`. looks: name -> color and marker. joined: a line through the means.
-        more: of seaborn, like `order`.
+        data: a row per run: `x`, `y`, `name`. looks: name -> color and marker. more: of seaborn, like `order`.
+        joined: with lines through the means; of several names with three runs each, no points.
     """
     names = [name for name in looks if name in set(data["name"])]
     same = {"data": data, "x": x, "y": y, "hue": "name", "hue_order": names, "legend": False, "ax": panel, **more}
     apart = 0.8 * (1 - 1 / len(names))  # as a stripplot's
-    if joined and len(names) > 1:
+    if joined and len(names) > 1 and data.groupby(["name", x]).size().min() >= 3:
         apart = 0.2
     else:
         seeds = {"palette": [INK] * len(names), "dodge": True, "jitter": False, "size": 3.5, "alpha": 0.55}

@@ -87,16 +87,13 @@ def layer_bars(rows: pd.DataFrame, title: str) -> Figure:
     panel = axes[0][0]
     style.over_seeds(data, "layer", "density", looks, panel, order=order)
     panel.set(yscale="log", xlabel="", ylabel="weights kept [%], log")  # now, or means would be geometric
-    panel.plot(
-        order, data.groupby("layer")["erk"].mean()[order], "_", color=INK, markersize=22, label="ERK, same total"
-    )
+    panel.plot(order, data.groupby("layer")["erk"].mean()[order], "_", color=INK, markersize=22)
     panel.tick_params(axis="x", rotation=60 if len(order) > 6 else 0)
     panel.margins(y=0.12)
     style.log_ticks(panel.yaxis)
+    looks = {counted(name, [seeds[name]]): look for name, look in looks.items()}
     erk = {"color": INK, "marker": "_", "markeredgecolor": INK, "markersize": 14, "ls": "none"}
-    style.legend(
-        figure, {**{counted(name, [seeds[name]]): look for name, look in looks.items()}, "ERK, same total": erk}
-    )
+    style.legend(figure, looks | {"ERK, same total": erk})
     style.headed(figure, f"{title}; {rows['split'].iloc[0]}", rows["setting"].iloc[0])
     return figure
 

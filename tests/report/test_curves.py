@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import FAST, tiny_config
+from matplotlib.collections import PolyCollection
 
 from feddip_lite.methods import METHODS, Method
 from feddip_lite.records import catalogue as experiments
@@ -73,8 +74,8 @@ def test_saved_figures_hold_neither_date_nor_software(tmp_path):
 def test_an_interval_is_drawn_for_three_seeds_and_never_for_two(results):
     three = accuracy_curves({"Tiny": only(results, "FedAvg")}, x=["round"]).axes[0]
     two = accuracy_curves({"Tiny": only(results, "FedAvg", seeds=(0, 1))}, x=["round"]).axes[0]
-    assert (len(three.lines), len(three.collections)) == (1, 1)
-    assert (len(two.lines), len(two.collections)) == (2, 0)
+    bands = [[part for part in panel.collections if isinstance(part, PolyCollection)] for panel in (three, two)]
+    assert [len(three.lines), len(two.lines)] == [1, 2] and [len(found) for found in bands] == [1, 0]
 
 
 def test_legends_carry_n_and_titles_carry_data_and_rounds(results):
@@ -109,6 +110,15 @@ def test_column_panels_leave_out_rounds_without_a_value(results):
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
 
 
+def test_what_has_no_value_has_no_panel(results):
+    figure = column_panels(only(results, "FedAvg"), ["sparsity", "pruning_error"], "Tiny")
+    assert [axes.get_visible() for axes in figure.axes] == [True, False]
+    both = results[results["label"] == "FedDIP"]
+    figure = accuracy_curves({"Fresh": only(results, "FedDIP"), "Recorded": both}, x=["round"])
+    assert [axes.get_visible() for axes in figure.axes] == [True, True, False, True]
+    assert [axes.get_title("left") for axes in figure.axes][::3] == ["Fresh: IID", "Recorded: 2 classes per client"]
+
+
 def test_families_put_each_method_in_its_row_beside_fedavg_and_feddip(results):
     figure = families(results[results["split"] == "IID"], "Tiny", x=["round"])
     assert [axes.get_title("left") for axes in figure.axes] == ["dense to dense", "sparse to sparse"]
@@ -129,13 +139,15 @@ def test_lines_are_the_means_of_up_to_ten_rows_and_their_axis_is_where_they_live
 
 
 def test_lines_on_each_other_have_their_markers_apart(results):
-    runs = only(results, "FedAvg", "FedDIP", seeds=(0,))
-    one, other = accuracy_curves({"Tiny": runs.assign(accuracy=0.5)}, x=["round"]).axes[0].lines
-    many = pd.concat([runs.assign(round=t, accuracy=0.5) for t in range(40)]).drop_duplicates(["run_id", "round"])
-    one, other = accuracy_curves({"Tiny": many}, x=["round"]).axes[0].lines
-    assert one.get_marker() != other.get_marker() and one.get_color() != other.get_color()
-    shown = [set(range(line.get_markevery()[0], 40, line.get_markevery()[1])) for line in (one, other)]
-    assert shown[0] and shown[1] and not shown[0] & shown[1]
+    runs = only(results, "FedAvg", "FedDIP", seeds=(0,)).drop_duplicates("run_id")
+    panel = accuracy_curves({"": pd.concat([runs.assign(round=t, accuracy=0.5) for t in range(40)])}, x=["round"]).axes[
+        0
+    ]
+    one, other = panel.lines
+    assert one.get_color() != other.get_color()
+    assert np.array_equal(one.get_xydata(), other.get_xydata())
+    places = panel.collections[0].get_offsets()[:, 0]
+    assert len(set(places)) == len(places) == 16
 
 
 def test_points_lie_at_final_accuracy_and_total_bytes_with_an_interval_from_three_seeds_on(results):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...records.names import splits
@@ -34,16 +35,15 @@ TOTALS = {
 def terms(runs: pd.DataFrame, title: str) -> Figure:
     """Left side and terms against the number of rounds (`term_lines`), a panel per run; log axes. Solid: the consistent
     form; dashed: what is printed otherwise; dotted: drift with the median gamma."""
-    rows = pd.concat([term_lines(run).assign(panel=_panel(run)) for run in each_run(runs)])
+    each, names = each_run(runs), summary(runs)["name"]
+    rows = pd.concat([term_lines(run).assign(panel=name) for run, name in zip(each, names, strict=True)])
     looks = {"left side: running mean": {"color": INK, "marker": "o", "dashes": ""}}
     for dashes, kind in zip(("", (4, 1.5), (1, 1)), FORMS, strict=True):
         looks |= {name + kind: {"color": c, "marker": m, "dashes": dashes} for name, (c, m) in TERM_LOOKS.items()}
-    looks = {name: look for name, look in looks.items() if name in set(rows["name"])}
     panels = style.line_panels(rows, looks, height=2.4, col="panel", col_wrap=min(2, rows["panel"].nunique()))
     for panel in panels.axes.flat:
         style.round_axis(panel)
         panel.set(yscale="log", ylabel=SQUARES)
-    style.legend(panels.figure, looks)
     _headed(panels.figure, runs, title)
     return panels.figure
 
@@ -60,11 +60,8 @@ def term_lines(run: pd.DataFrame) -> pd.DataFrame:
     for (kind, form), shown in zip(FORMS.items(), (TERMS, ("pruning", "noise"), ("drift",)), strict=True):
         for name in shown:
             growth = removed / removed.iloc[-1] if name == "pruning" else 1.0
-            found.append(
-                pd.DataFrame(
-                    {"name": name + kind, "x": run["round"], "y": getattr(bound_of(run, **form), name) * growth}
-                )
-            )
+            values = getattr(bound_of(run, **form), name) * growth
+            found.append(pd.DataFrame({"name": name + kind, "x": run["round"], "y": values}))
     rows = pd.concat(found)
     return rows[rows["y"] > 0]
 
@@ -85,6 +82,7 @@ def path(runs: pd.DataFrame, title: str) -> Figure:
     schedules = [name for name in SETTINGS if (runs["lr_schedule"] == name).any()]
     by = {"row": "lr_schedule", "col": "column", "row_order": schedules, "col_order": list(PATH)}
     panels = style.line_panels(rows, looks, "", 2.5, **by)
+    panels.figure.legends.clear()  # `_medians` has more to say
     for (_, column), panel in panels.axes_dict.items():
         style.round_axis(panel)
         panel.set_ylabel(PATH[column])
@@ -97,7 +95,8 @@ def path(runs: pd.DataFrame, title: str) -> Figure:
     return panels.figure
 
 
-def _medians(panel, runs: pd.DataFrame, looks: dict) -> None:
+def _medians(panel: Axes, runs: pd.DataFrame, looks: dict[str, dict]) -> None:
+    """A line at each partition's median gamma, and a legend that says it and how often noise hides gamma."""
     named = {}
     for run in each_run(runs):
         split, points, median = run["split"].iloc[0], checkpoints(run), gamma_of(run, typical=True)
@@ -115,12 +114,8 @@ def pruning_term(runs: pd.DataFrame, title: str) -> Figure:
     rows = summary(runs).melt(["split", "preset", "mask_interval"], list(TOTALS), "column", "y")
     rows = rows.groupby(["split", "preset", "mask_interval", "column"], as_index=False)["y"].mean()
     intervals = sorted(rows["mask_interval"].unique())
-    rows = rows.assign(x=rows["mask_interval"].map(intervals.index), name=rows["preset"])
-    looks = {
-        name: {"color": VERMILION, "marker": m, "dashes": d}
-        for name, (d, m) in PRESETS.items()
-        if name in set(rows["name"])
-    }
+    rows = rows.assign(x=rows["mask_interval"].map(intervals.index), name="preset " + rows["preset"])
+    looks = {f"preset {name}": {"color": VERMILION, "marker": m, "dashes": d} for name, (d, m) in PRESETS.items()}
     by = {"row": "split", "col": "column", "row_order": splits(runs), "col_order": list(TOTALS)}
     panels = style.line_panels(rows, looks, "{row_name}", **by)
     for (_, column), panel in panels.axes_dict.items():
@@ -128,7 +123,6 @@ def pruning_term(runs: pd.DataFrame, title: str) -> Figure:
         panel.set_xticks(range(len(intervals)), [f"{r:g}" for r in intervals])
         panel.margins(x=0.1)
         style.log_ticks(panel.yaxis)
-    style.legend(panels.figure, {f"preset {name}": look for name, look in looks.items()})
     _headed(panels.figure, runs, title)
     return panels.figure
 
@@ -152,10 +146,6 @@ def shares(runs: pd.DataFrame, title: str) -> Figure:
     axes[0][0].set_yticks(0.5 + np.arange(len(table)), table.index)
     _headed(figure, runs, title)
     return figure
-
-
-def _panel(run: pd.DataFrame) -> str:
-    return f"{run['split'].iloc[0]}, {SETTINGS[run['lr_schedule'].iloc[0]]}"
 
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str) -> None:

@@ -41,7 +41,6 @@ def bytes_by_method(runs: pd.DataFrame, title: str) -> Figure:
     for (_, way), panel in panels.axes_dict.items():
         style.round_axis(panel)
         panel.set(ylabel=f"KiB {way}", ylim=(0, None))
-    style.legend(panels.figure, looks)
     words = f"{runs['setting'].iloc[0]}; {runs['split'].iloc[0]}, seed {runs['seed'].iloc[0]}"
     style.headed(panels.figure, f"{title}; KiB per client and round, means of {HEADLINE_ROWS} evaluated rounds", words)
     return panels.figure
@@ -68,7 +67,6 @@ def latency(rows: pd.DataFrame, title: str) -> Figure:
     for dashes, batch in zip(("", (3, 1.5)), sorted(rows["batch"].unique()), strict=False):
         for form, (colour, marker) in FORM_LOOKS.items():
             looks[f"{form}, batch {batch}"] = {"color": colour, "marker": marker, "dashes": dashes}
-    looks = {name: look for name, look in looks.items() if name in set(rows["name"])}
     ticks = sorted(rows["sparsity"].unique())
     rows = rows.assign(x=rows["sparsity"].map(ticks.index))
     by = {"col": "model", "col_wrap": min(3, rows["model"].nunique()), "sharey": True}
@@ -78,7 +76,6 @@ def latency(rows: pd.DataFrame, title: str) -> Figure:
         panel.set(yscale="log")
         style.log_ticks(panel.yaxis)
     panels.set_ylabels("time, dense = 1")
-    style.legend(panels.figure, looks)
     style.headed(panels.figure, title, "bands: quartiles; what lies below the grey band is faster than the dense form")
     return panels.figure
 
@@ -107,7 +104,6 @@ def file_sizes(models: pd.DataFrame, title: str) -> Figure:
         _sparsity_axis(panel, ticks)
         panel.set_ylim(bottom=0)
     panels.set_ylabels("KiB")
-    style.legend(panels.figure, SIZE_LOOKS)
     style.headed(panels.figure, title)
     return panels.figure
 
