@@ -26,8 +26,9 @@ def title_of(name: str) -> str:
 
 
 def family_of(name: str) -> str:
-    """The family of a method, one of FAMILIES; "own" if it is not registered or says nothing about itself."""
-    return METHODS[name].about.family if name in METHODS else "own"
+    """The family of a method, one of FAMILIES; "own" if it is not registered or says nothing of these."""
+    family = METHODS[name].about.family if name in METHODS else "own"
+    return family if family in FAMILIES else "own"
 
 
 NAMES = {name: title_of(name) for name in METHODS} | {

@@ -98,7 +98,7 @@ def look_of(runs: pd.DataFrame) -> dict[str, object]:
     family = family_of(method)
     members = [name for name in METHODS if family_of(name) == family]
     place = members.index(method) if method in members else zlib.crc32(method.encode())
-    colours = FAMILY_COLOURS.get(family, FAMILY_COLOURS["own"])
+    colours = FAMILY_COLOURS[family]
     dashes = (5, 1.5, 1, 1.5) if changed else OTHER_DASHES.get(preset, DASHES[place % 2])
     return {"color": colours[place % len(colours)], "marker": MARKERS[place % len(MARKERS)], "dashes": dashes}
 
@@ -167,7 +167,7 @@ def legend(place: Figure | Axes, looks: Mapping[str, Mapping], **where) -> None:
 
 def headed(figure: Figure, *words: str) -> None:
     """What the figure shows, above all panels: a line per part, two where it is long."""
-    room = int(14 * figure.get_figwidth())
+    room = int(13.5 * figure.get_figwidth())
     figure.suptitle("\n".join(textwrap.fill(part, room) for part in words), x=0.01, ha="left")
 
 

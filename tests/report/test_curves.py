@@ -10,6 +10,7 @@ from conftest import FAST, tiny_config
 from matplotlib.collections import PolyCollection
 
 from feddip_lite.methods import METHODS, Method
+from feddip_lite.methods.base import About
 from feddip_lite.records import catalogue as experiments
 from feddip_lite.records.catalogue import comparable, main_runs, profile_queue, recorded
 from feddip_lite.records.names import describe, labels, title_of
@@ -185,7 +186,7 @@ def look_of_method(name):
 
 def test_every_method_has_a_name_and_a_look_of_its_own_also_one_of_your_own(monkeypatch):
     class NewMethod(Method):
-        pass
+        about = About(title="New Method", family="dense to nothing")
 
     class Other(METHODS["feddip"]):
         pass
