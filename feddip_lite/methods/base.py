@@ -7,6 +7,7 @@ A method is a frozen dataclass: its fields are its hyper-parameters, its hooks a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -22,13 +23,13 @@ from ..core.state import Memory, ServerState
 Replies = Mapping[int, Message]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
-    """A method's line in the methods table, in words.
+    """A method's line in the methods table, in words; "-" is what nobody said.
 
     Attributes:
-        title: as the literature spells it.
-        family: "dense to dense", "dense to sparse" or "sparse to sparse".
+        title: as the literature spells it; a class that says nothing of itself has its own name, in words.
+        family: "dense to dense", "dense to sparse" or "sparse to sparse"; "own" for a method of your own.
         mask_from, scope, regrows: what the mask is chosen from, over what, and whether pruned weights can come back.
         step, up, down: the client's step, and what travels.
         source: paper or published code.
@@ -37,14 +38,14 @@ class About:
     """
 
     title: str
-    family: str
-    mask_from: str
-    scope: str
-    regrows: bool
-    step: str
-    up: str
-    down: str
-    source: str
+    family: str = "own"
+    mask_from: str = "-"
+    scope: str = "-"
+    regrows: bool = False
+    step: str = "-"
+    up: str = "-"
+    down: str = "-"
+    source: str = "-"
     assumed: str = ""
 
 
@@ -82,7 +83,13 @@ class Method:
     context: Context | None = field(default=None, repr=False)
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
-    about: ClassVar[About]
+    about: ClassVar[About] = About(title="Method")
+
+    def __init_subclass__(cls, **keywords) -> None:
+        """A class that says nothing about itself is no longer what its parent is: it has its own name."""
+        super().__init_subclass__(**keywords)
+        if "about" not in vars(cls):
+            cls.about = About(title=re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", cls.__name__))
 
     def penalty(self, t: int) -> float:
         """Strength of this method's regularisation in round t (0 = none); the column `penalty`."""

@@ -18,8 +18,9 @@ class FedAvg(Method):
     """Federated averaging (McMahan et al. 2017): every hook is the default, with nothing pruned."""
 
     about = About(
-        "FedAvg", "dense to dense", "-", "-", False, "dense", "dense w", "dense w", "McMahan et al., AISTATS 2017"
-    )
+        title="FedAvg", family="dense to dense", step="dense", up="dense w", down="dense w",
+        source="McMahan et al., AISTATS 2017",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ class FedDP(Method):
     `mask_interval` rounds a new global magnitude mask. Source: slides, Eq. 1-2; published code `fl_server.py`."""
 
     about = About(
-        "FedDP", "sparse to sparse", "magnitude of the average", "global", True, "gradient at w*m, dense step",
-        "dense w", "w*m and m", "FedDIP without its penalty: arXiv 2309.06805; EricLoong/feddip",
+        title="FedDP", family="sparse to sparse", mask_from="magnitude of the average", scope="global",
+        regrows=True, step="gradient at w*m, dense step", up="dense w", down="w*m and m",
+        source="FedDIP without its penalty: arXiv 2309.06805; EricLoong/feddip",
     )  # fmt: skip
 
     initial_sparsity: float = 0.5

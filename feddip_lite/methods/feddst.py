@@ -44,8 +44,9 @@ class FedDST(Method):
     """
 
     about = About(
-        "FedDST", "sparse to sparse", "clients' magnitudes and gradients", "layer", True, "masked SGD, then readjust",
-        "sparse, with own mask when readjusted", "sparse and mask", "arXiv 2112.09824; bibikar/feddst",
+        title="FedDST", family="sparse to sparse", mask_from="clients' magnitudes and gradients", scope="layer",
+        regrows=True, step="masked SGD, then readjust", up="sparse, with own mask when readjusted",
+        down="sparse and mask", source="arXiv 2112.09824; bibikar/feddst",
     )  # fmt: skip
 
     target_sparsity: float = 0.9

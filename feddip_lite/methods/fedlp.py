@@ -43,8 +43,8 @@ class FedLP(Method):
     """
 
     about = About(
-        "FedLP", "dense to dense", "-", "-", False, "dense; hetero: first stages and an own head",
-        "tensors drawn; hetero: first stages", "dense w; hetero: first stages", "Zhuzzq/FedLP",
+        title="FedLP", family="dense to dense", step="dense; hetero: first stages and an own head",
+        up="tensors drawn; hetero: first stages", down="dense w; hetero: first stages", source="Zhuzzq/FedLP",
     )  # fmt: skip
 
     variant: str = setting("homo", one_of("homo", "hetero"), "tensors dropped at random, or clients of unlike size")

@@ -20,10 +20,10 @@ class FedMap(Method):
     """
 
     about = About(
-        "FedMap", "dense to sparse", "magnitude of the average", "global", False, "masked SGD",
-        "w*m", "w*m and m", "arXiv 2406.19050",
-        assumed="global magnitude; prunable tensors; pruning every R = 5 rounds from round 0, at a rate that meets the "
-        "target; the server prunes",
+        title="FedMap", family="dense to sparse", mask_from="magnitude of the average", scope="global",
+        step="masked SGD", up="w*m", down="w*m and m", source="arXiv 2406.19050",
+        assumed="global magnitude; prunable tensors; pruning every R = 5 rounds from round 0, at a rate that "
+        "meets the target; the server prunes",
     )  # fmt: skip
 
     target_sparsity: float = 0.9

@@ -29,8 +29,9 @@ class FedSparsifyGlobal(Method):
     """
 
     about = About(
-        "FedSparsify-Global", "dense to sparse", "magnitude of the average", "global", False, "masked SGD",
-        "w*m", "w*m and m", "arXiv 2204.12430; dstripelis/FedSparsify",
+        title="FedSparsify-Global", family="dense to sparse", mask_from="magnitude of the average",
+        scope="global", step="masked SGD", up="w*m", down="w*m and m",
+        source="arXiv 2204.12430; dstripelis/FedSparsify",
     )  # fmt: skip
 
     initial_sparsity: float = 0.0

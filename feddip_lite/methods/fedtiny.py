@@ -37,9 +37,10 @@ class FedTiny(Method):
     """
 
     about = About(
-        "FedTiny", "sparse to sparse", "loss of candidates, then magnitude and gradient", "layer", True, "masked SGD",
-        "sparse, with top-k gradients when a mask is refined", "sparse and mask",
-        "arXiv 2212.01977; FedPruning/FedPruning",
+        title="FedTiny", family="sparse to sparse", mask_from="loss of candidates, then magnitude and gradient",
+        scope="layer", regrows=True, step="masked SGD",
+        up="sparse, with top-k gradients when a mask is refined", down="sparse and mask",
+        source="arXiv 2212.01977; FedPruning/FedPruning",
         assumed="how candidates differ (ERK densities scaled at random)",
     )  # fmt: skip
 

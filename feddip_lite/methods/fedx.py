@@ -26,10 +26,10 @@ class FedX(Method):
     """
 
     about = About(
-        "FedX", "dense to sparse", "relevance to the server's images", "global", False, "masked SGD",
-        "w*m", "w*m and m", "arXiv 2508.06256, 2501.11493",
-        assumed="single weights as components; reference images held by the server; epsilon rule; schedule; sparse "
-        "uploads; no return of pruned weights",
+        title="FedX", family="dense to sparse", mask_from="relevance to the server's images", scope="global",
+        step="masked SGD", up="w*m", down="w*m and m", source="arXiv 2508.06256, 2501.11493",
+        assumed="single weights as components; reference images held by the server; epsilon rule; schedule; "
+        "sparse uploads; no return of pruned weights",
     )  # fmt: skip
 
     initial_sparsity: float = 0.0

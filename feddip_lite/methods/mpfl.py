@@ -36,10 +36,11 @@ class MPFL(Method):
     """
 
     about = About(
-        "MPFL", "dense to sparse", "vote over clients' magnitudes", "global", False, "masked SGD",
-        "m_n, then w*m", "w_0*m and m, then w*m and m", "arXiv 2312.03889; TamirGez/MPFL",
-        assumed="single weights, globally (its code: filters of convolutions); the most voted at the exact count, ties "
-        "by |w_0|; stage two federated; w_0 sent with every mask",
+        title="MPFL", family="dense to sparse", mask_from="vote over clients' magnitudes", scope="global",
+        step="masked SGD", up="m_n, then w*m", down="w_0*m and m, then w*m and m",
+        source="arXiv 2312.03889; TamirGez/MPFL",
+        assumed="single weights, globally (its code: filters of convolutions); the most voted at the exact "
+        "count, ties by |w_0|; stage two federated; w_0 sent with every mask",
     )  # fmt: skip
 
     initial_sparsity: float = 0.0

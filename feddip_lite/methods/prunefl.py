@@ -42,9 +42,9 @@ class PruneFL(Method):
     """
 
     about = About(
-        "PruneFL", "dense to sparse", "squared gradient per time", "global", True, "masked SGD",
-        "sparse, with squared gradients when a mask is chosen", "sparse and mask",
-        "Jiang et al., TNNLS 2022; jiangyuang/PruneFL",
+        title="PruneFL", family="dense to sparse", mask_from="squared gradient per time", scope="global",
+        regrows=True, step="masked SGD", up="sparse, with squared gradients when a mask is chosen",
+        down="sparse and mask", source="Jiang et al., TNNLS 2022; jiangyuang/PruneFL",
     )  # fmt: skip
 
     initial_sparsity: float = 0.5

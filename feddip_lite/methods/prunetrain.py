@@ -39,10 +39,12 @@ class PruneTrain(Method):
     """
 
     about = About(
-        "PruneTrain", "dense to sparse", "norm of channels in the average", "global", False,
-        "masked SGD under group lasso", "w*m", "w*m and m", "Lym et al., SC 2019 (arXiv 1901.09290)",
-        assumed="channels removed by rank to the common target, on the cubic schedule every R = 5 rounds; lambda from "
-        "a penalty ratio of 0.02 (chosen on held-out digits); preset repo (magnitude, dense steps, regrows) needs none",
+        title="PruneTrain", family="dense to sparse", mask_from="norm of channels in the average",
+        scope="global", step="masked SGD under group lasso", up="w*m", down="w*m and m",
+        source="Lym et al., SC 2019 (arXiv 1901.09290)",
+        assumed="channels removed by rank to the common target, on the cubic schedule every R = 5 rounds; "
+        "lambda from a penalty ratio of 0.02 (chosen on held-out digits); preset repo (magnitude, dense steps, "
+        "regrows) needs none",
     )  # fmt: skip
 
     initial_sparsity: float = 0.0

@@ -31,8 +31,9 @@ class SNIP(Method):
     """
 
     about = About(
-        "SNIP", "sparse to sparse", "|w*g| before training", "global", False, "masked SGD",
-        "scores, then w*m", "w, then w*m and m", "Lee et al., ICLR 2019; EricLoong/feddip",
+        title="SNIP", family="sparse to sparse", mask_from="|w*g| before training", scope="global",
+        step="masked SGD", up="scores, then w*m", down="w, then w*m and m",
+        source="Lee et al., ICLR 2019; EricLoong/feddip",
     )  # fmt: skip
 
     target_sparsity: float = 0.9

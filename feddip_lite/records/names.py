@@ -17,9 +17,18 @@ SHARED_START = "shared random start"
 
 
 def title_of(name: str) -> str:
-    """A method as the literature spells it, else by its name, with a dagger if it is a reconstruction."""
+    """A method as the literature spells it, with a dagger if it is a reconstruction; one that is not registered here,
+    whose runs may be read all the same, by its name."""
+    if name not in METHODS:
+        return name
     about = METHODS[name].about
     return (about.title or name) + DAGGER * bool(about.assumed)
+
+
+def family_of(name: str) -> str:
+    """The family of a method, one of FAMILIES; "own" if it is not registered or says nothing of these."""
+    family = METHODS[name].about.family if name in METHODS else "own"
+    return family if family in FAMILIES else "own"
 
 
 NAMES = {name: title_of(name) for name in METHODS} | {
@@ -27,8 +36,8 @@ NAMES = {name: title_of(name) for name in METHODS} | {
     "cifar100": "CIFAR-100", "lenet5": "LeNet-5", "alexnet": "AlexNet", "resnet18": "ResNet-18",
 }  # fmt: skip
 """How methods (in the order of legends and tables), data sets and models are written."""
-FAMILIES = ("dense to dense", "dense to sparse", "sparse to sparse")
-"""How the slides sort methods: what the model is at the start and at the end."""
+FAMILIES = ("dense to dense", "dense to sparse", "sparse to sparse", "own")
+"""How the slides sort methods: what the model is at the start and at the end; and methods of your own."""
 HEADLINE = ("fedavg", "feddp", "feddip")
 """The methods of the paper's own question, which figures and tables of a data set show first."""
 _OWN = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")  # settings that belong to the method
@@ -62,8 +71,8 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def labels(results: pd.DataFrame) -> list[str]:
-    """The methods that occur, in the order of `NAMES`."""
-    order = {name: place for place, name in enumerate(NAMES.values())}
+    """The methods that occur, in the order of `METHODS`, by name those that are not among them."""
+    order = {title_of(name): place for place, name in enumerate(METHODS)}
     return sorted(results["label"].unique(), key=lambda label: (order.get(label.split(" (")[0], len(order)), label))
 
 
@@ -77,8 +86,7 @@ def any_of(value) -> list | tuple:
 
 
 def _changed(row: pd.Series) -> dict[str, object]:
-    """The method's settings that differ from those of its preset; what is usual of a method that is not registered here
-    is not known."""
+    """The method's settings that differ from those of its preset; none are known of a method that is not registered."""
     if row["method"] not in METHODS:
         return {}
     usual = Config(method=row["method"], preset=row["preset"], target_sparsity=row["target_sparsity"]).resolved()
@@ -90,7 +98,7 @@ def _changed(row: pd.Series) -> dict[str, object]:
 def _label(row: pd.Series) -> str:
     notes = [] if row["preset"] == "paper" else [row["preset"]]
     notes += [f"{name} = {_short(value)}" for name, value in _changed(row).items()]
-    name = NAMES.get(row["method"], row["method"])
+    name = title_of(row["method"])
     return f"{name} ({', '.join(notes)})" if notes else name
 
 

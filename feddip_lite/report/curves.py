@@ -2,7 +2,8 @@
 
 Results come as `names.describe` returns them. Legends carry n, axis labels carry units, and every figure says on
 itself which data and how many rounds. With three seeds or more a line is their mean with its 95 % Student t interval;
-with fewer, each seed is a thin line of its own. Read before: `style.py`.
+with fewer, each seed is a thin line of its own; a run that diverged is one too, up to a cross, and enters no mean.
+Read before: `style.py`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from seaborn import FacetGrid
 
-from ..methods.registry import METHODS
 from ..records.catalogue import comparable
-from ..records.names import FAMILIES, labels, splits
+from ..records.names import FAMILIES, family_of, labels, splits
 from ..records.store import HEADLINE_ROWS, headline
+from . import style
 from .statistics import interval
-from .style import AXES, counted, grid, log_ticks, look_of, styled, wrapped
+from .style import AXES, GREY, counted, look_of, styled
 
-MARKERS = dict(zip(FAMILIES, (("o", "circle"), ("s", "square"), ("^", "triangle")), strict=True))
+BROKEN = ", diverged"
 DRAWN = {"sparsity": "steps-post", "penalty": "steps-post"}  # constant from one row to the next
 
 
@@ -29,131 +31,172 @@ DRAWN = {"sparsity": "steps-post", "penalty": "steps-post"}  # constant from one
 def accuracy_curves(
     sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("round", "mib"), y: str = "accuracy"
 ) -> Figure:
-    """Accuracy of the sparse global model: a column per source and `x`, a row per partition.
+    """Accuracy of the sparse global model, as means of up to ten rows: a column per source and `x`, a row per
+    partition.
 
     Args:
-        sources: results by title; the title is shown above the source's columns. Empty ones are left out.
+        sources: results by title; the title is shown above the source's panels. Empty ones are left out.
         x: columns of the results to draw against, of "round" and "mib". y: "accuracy" or "top5_accuracy".
     """
-    shown = [(title, results, name) for title, results in sources.items() if len(results) for name in x]
-    rows = splits(pd.concat([results for _, results, _ in shown]))
-    figure, axes = grid(len(rows), len(shown), 4.6 if len(shown) > 1 else 6.4, 3.8)
-    for row, split in enumerate(rows):
-        for column, (title, results, name) in enumerate(shown):
-            panel, own = axes[row][column], results[results["split"] == split]
-            if own.empty:
-                panel.set_axis_off()
-                continue
-            _methods(panel, own, name, y)
-            heading = f"{title}\n{wrapped(own['setting'].iloc[0])}\n" if len(sources) > 1 else ""
-            panel.set_title(f"{heading if row == 0 else ''}{split}", loc="left")
-            panel.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2)
-            low, high = panel.get_ylim()
-            panel.set_ylim(max(low, 0), min(high, 1.02))
-    if len(sources) == 1:
-        title, results, _ = shown[0]
-        setting = results["setting"].iloc[0]
-        figure.suptitle(f"{title}\n{wrapped(setting) if len(shown) == 1 else setting}", x=0.01, ha="left")
-    return figure
+    sources = {title: results for title, results in sources.items() if len(results)}
+    everything = pd.concat(sources.values())
+    window = max(1, min(HEADLINE_ROWS, int(everything.groupby("run_id").size().max()) // 5))
+    parts = {
+        (split, f"{name}|{title}"): averaged(own, name, y, window)
+        for title, results in sources.items() for name in x for split, own in results.groupby("split")
+    }  # fmt: skip
+    panels = _panels(parts, everything, y, row_order=splits(everything), sharey="row")
+    for (split, column), panel in panels.axes_dict.items():
+        panel.set_title(f"{column.split('|')[1]}: {split}" if len(sources) > 1 else split, loc="left")
+    settings = [f"{title}: {results['setting'].iloc[0]}" for title, results in sources.items()]
+    style.headed(panels.figure, *settings, *[f"means of {window} evaluated rounds"][: window - 1])
+    return panels.figure
 
 
 @styled
 def column_panels(results: pd.DataFrame, columns: Sequence[str], title: str) -> Figure:
     """Columns of the results against rounds, a panel each, for one setting and one partition."""
-    figure, axes = grid(1, len(columns), 4.1, 3.0)
-    for panel, column in zip(axes[0], columns, strict=True):
-        _methods(panel, results[results[column].notna()], "round", column)
-    axes[0][0].legend(loc="best")
-    words = f"{results['setting'].iloc[0]}; {results['split'].iloc[0]}"
-    figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")
-    return figure
+    parts = {("", name): averaged(results[results[name].notna()], "round", name) for name in columns}
+    panels = _panels(parts, results)
+    style.headed(panels.figure, title, f"{results['setting'].iloc[0]}; {results['split'].iloc[0]}")
+    return panels.figure
 
 
 @styled
 def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mib")) -> Figure:
     """Accuracy of all methods of one setting and partition, a row per family as the slides sort them; FedAvg and
     FedDIP are in each, presets are left out, and so are seeds that not all methods have. Smoothed as the headline
-    value is: means of the last ten rounds."""
+    value is: means of the last ten rows."""
     results = comparable(results[results["preset"] == "paper"])
-    lowest = headline(results)["accuracy"].min() - 0.1  # what lies below are first rounds
-    most = results["mib"].max()
-    figure, axes = grid(len(FAMILIES), len(x), 5.6, 3.2)
-    for row, family in enumerate(FAMILIES):
-        members = [name for name, method in METHODS.items() if method.about.family == family]
-        own = results[results["method"].isin([*members, "fedavg", "feddip"])]
-        for panel, name in zip(axes[row], x, strict=True):
-            _methods(panel, own, name, "accuracy", window=HEADLINE_ROWS)
-            panel.set_ylabel(f"accuracy, mean of {HEADLINE_ROWS} rounds")
-            panel.set_ylim(bottom=lowest)
-            if name == "mib":
-                _in_mib(panel, most / 100, most * 1.1)
-        axes[row][0].set_title(family, loc="left", fontweight="bold")
-        axes[row][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"{title}; {results['split'].iloc[0]}\n{results['setting'].iloc[0]}", x=0.01, ha="left")
-    return figure
+    of, always = results["method"].map(family_of), results["method"].isin(["fedavg", "feddip"])
+    parts = {
+        (family, name): averaged(results[(of == family) | always], name, "accuracy", HEADLINE_ROWS)
+        for family in FAMILIES if (of == family).any() for name in x
+    }  # fmt: skip
+    panels = _panels(parts, results, "accuracy", sharey=True)
+    for (family, _), panel in panels.axes_dict.items():
+        panel.set_title(family, loc="left", fontweight="bold")
+    words = f"{title}; {results['split'].iloc[0]}; means of {HEADLINE_ROWS} evaluated rounds"
+    style.headed(panels.figure, words, results["setting"].iloc[0])
+    return panels.figure
+
+
+def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str | None = None, **by) -> FacetGrid:
+    """The panels of `parts`, (row, column) -> `averaged` rows, with axes and legend. A column is named by its `x`, of
+    `y` zoomed as far as lines reach once a fifth of the run is over; without `y` it is the name of that."""
+    rows = pd.concat([part.assign(row=row, column=column) for (row, column), part in parts.items()])
+    names, looks = _names(rows, results)
+    rows = rows.assign(name=rows["label"].map(names))
+    down, across = (list(dict.fromkeys(keys)) for keys in zip(*parts, strict=True))
+    by = {"row": "row", "col": "column", "row_order": down, "col_order": across, **by}
+    panels = style.line_panels(rows, looks, "", **by)
+    for (row, column), panel in panels.axes_dict.items():
+        x = column.split("|")[0] if y else "round"
+        panel.set(xlabel=AXES[x], ylabel=AXES[y or column])
+        if x == "mib":
+            panel.set(xscale="log", xlim=(rows["x"].max() / 40, rows["x"].max() * 1.1))
+            style.log_ticks(panel.xaxis)
+        else:
+            style.round_axis(panel)
+        if y:
+            _zoom(panel, rows if by["sharey"] is True else rows[rows["row"] == row])
+        for line in panel.lines:
+            line.set_drawstyle(DRAWN.get(column, "default"))
+    return panels
+
+
+def _names(rows: pd.DataFrame, results: pd.DataFrame) -> tuple[dict[str, str], dict[str, dict]]:
+    """(label -> its name in the legend, with n; name -> look) of `averaged` rows."""
+    names, looks, order = {}, {}, labels(results)
+    for label in sorted(rows["label"].unique(), key=lambda label: order.index(label.removesuffix(BROKEN))):
+        seeds = set(rows.loc[rows["label"] == label, "n"])
+        names[label] = counted(label, seeds) if max(seeds) else label
+        looks[names[label]] = look_of(results[results["label"] == label.removesuffix(BROKEN)])
+    return names, looks
+
+
+def _zoom(panel: Axes, rows: pd.DataFrame) -> None:
+    """What broke down stays in sight."""
+    late = rows[(rows["round"] >= rows["round"].max() / 5) | (rows["n"] == 0)]["y"]
+    room = 0.08 * (late.max() - late.min()) or 0.01
+    panel.set_ylim(max(late.min() - room, 0), min(late.max() + room, 1.02))
 
 
 @styled
 def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
-    """Final accuracy against all bytes of the run, a panel per partition, a point per method: its marker tells the
-    family, its bar the 95 % interval over seeds (three or more). Further up and further left is better. The preset
-    `memory`, whose interval would hide the rest, is left out, and so are seeds that not all methods have."""
-    results = comparable(results[results["preset"] != "memory"])
-    runs, rows, handles = headline(results), splits(results), {}
-    figure, axes = grid(1, len(rows), 4.4, 4.6)
+    """Final accuracy against all bytes of the run, a panel per partition, a point per method: its colour tells the
+    family, its bar the 95 % interval over seeds (three or more); where no method shown has one, a grey bar is
+    FedDIP's. Further up and further left is better; the dotted line joins the methods that none beats in both. The
+    preset `memory`, whose interval would hide the rest, is left out, and so are seeds that not all methods have."""
+    every = results[results["preset"] != "memory"]
+    results = comparable(every)
+    runs, rows = headline(results), splits(results)
+    figure, axes = style.grid(1, len(rows), 4.2)
+    pending = []
     for panel, split in zip(axes[0], rows, strict=True):
-        for label in labels(runs):
-            own, seeds = runs[(runs["label"] == label) & (runs["split"] == split)], runs[runs["label"] == label]
-            if own.empty:
-                continue
-            mean, half = interval(own["accuracy"])
-            look, about = look_of(own), METHODS[own["method"].iloc[0]].about
-            filled = {"-": look["color"]}.get(look["linestyle"], "white")
-            mark = {"marker": MARKERS[about.family][0], "color": look["color"], "markerfacecolor": filled}
-            name, half = counted(label, seeds.groupby("split").size()), None if np.isnan(half) else half
-            point = panel.errorbar(own["mib"].mean(), mean, half, label=name, linestyle="none", markersize=7, **mark)
-            handles.setdefault(name, point)
-        panel.set(ylabel="final accuracy", title=split)
-        _in_mib(panel, runs["mib"].min() / 1.2, runs["mib"].max() * 1.2)
-    axes[0][-1].legend(handles=list(handles.values()), loc="center left", bbox_to_anchor=(1.0, 0.5))
-    shapes = ", ".join(f"{shape} {family}" for family, (_, shape) in MARKERS.items())
-    words = f"{results['setting'].iloc[0]}\n{shapes}; hollow: a preset or form of a method"
-    figure.suptitle(f"{title}\n{words}", x=0.01, ha="left")
+        own = runs[runs["split"] == split]
+        points = [_point(panel, own[own["label"] == label], label) for label in labels(own)]
+        best = [(x, y) for x, y, _ in sorted(points) if not any(a <= x and b > y for a, b, _ in points)]
+        panel.plot(*zip(*best, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=0)
+        panel.set_title(split, loc="left")
+        panel.set_ylabel("final accuracy")
+        panel.set(xscale="log", xlim=(runs["mib"].min() / 1.3, runs["mib"].max() * 1.4), xlabel=AXES["mib"])
+        style.log_ticks(panel.xaxis)
+        bar = own.groupby("label").size().max() < 3 and _seed_bar(panel, every[every["split"] == split])
+        pending.append((panel, points))
+    shown = {name: style.FAMILY_COLOURS[name][0] for name in FAMILIES if name in set(runs["method"].map(family_of))}
+    style.legend(figure, {name: {"color": colour, "marker": "o", "ls": "none"} for name, colour in shown.items()})
+    words = "hollow: a preset or form of a method; dotted: the methods that none beats in both"
+    words += "; grey bar: 95 % interval of FedDIP over its seeds" * bool(bar)
+    seeds = counted(title, runs.groupby(["split", "label"]).size())
+    style.headed(figure, seeds, results["setting"].iloc[0], words)
+    for panel, points in pending:
+        style.name_points(panel, points)
     return figure
 
 
-def _in_mib(panel: Axes, low: float, high: float) -> None:
-    panel.set(xscale="log", xlim=(low, high), xlabel=f"{AXES['mib']} (log)")
-    log_ticks(panel.xaxis)
+def averaged(results: pd.DataFrame, x: str, y: str, window: int = 1) -> pd.DataFrame:
+    """What `style.lines` draws of `results`, and the `label` and number `n` of seeds of each line; `window` rows
+    together are one mean.
 
-
-def _methods(panel: Axes, results: pd.DataFrame, x: str, y: str, window: int = 1) -> None:
+    Raises:
+        ValueError: a label has two runs under one seed ("duplicate").
+    """
     if x == "round":  # a masked upload is the same model for fewer bytes
         results = results[results["changed"] != "upload"]
-    for label in labels(results):
-        own = results[results["label"] == label]
-        look = {**look_of(own), "drawstyle": DRAWN.get(y, "default")}
-        whole = own[own["diverged"] == ""]
-        if len(whole):
-            _over_seeds(panel, whole, x, y, label, look, window)
-        for _, broken in own[own["diverged"] != ""].groupby("run_id"):  # up to where it broke down, in no mean
-            panel.plot(broken[x], broken[y], label=f"{label}, diverged", linewidth=0.9, **look)
-            panel.plot(broken[x].iloc[-1], broken[y].ffill().iloc[-1], "x", color=look["color"], markersize=7)
-    panel.set(xlabel=AXES[x], ylabel=AXES[y])
-    panel.set_xlim(left=0)
+    smooth = results.groupby("run_id")[y].transform(lambda own: own.rolling(window, min_periods=1).mean().ffill())
+    runs = results[["label", "seed", "run_id", "round", "diverged"]].assign(x=results[x], y=smooth)
+    found = []
+    for label in labels(runs):
+        own = runs[runs["label"] == label]
+        whole, broken = own[own["diverged"] == ""], own[own["diverged"] != ""]
+        x_of, y_of = (whole.pivot(index="round", columns="seed", values=name) for name in ("x", "y"))
+        count = y_of.shape[1]
+        if count >= 3:
+            half = np.array([interval(row)[1] for row in y_of.to_numpy()])
+            mean = pd.DataFrame({"x": x_of.mean(axis=1), "y": y_of.mean(axis=1)}).reset_index()
+            found.append(mean.assign(label=label, n=count, unit="", low=mean["y"] - half, high=mean["y"] + half))
+        else:
+            found.append(whole.assign(n=count, unit=whole["seed"].astype(str)))
+        found.append(broken.assign(n=0, unit=broken["run_id"], label=label + BROKEN))
+    rows = pd.concat([part for part in found if len(part)] or [runs.assign(n=0, unit="")], ignore_index=True)
+    last = ~rows.duplicated(["label", "unit"], keep="last")
+    return rows.assign(ends=last & (rows["n"] == 0))  # a run that broke down is drawn up to there
 
 
-def _over_seeds(panel: Axes, runs: pd.DataFrame, x: str, y: str, label: str, look: dict, window: int) -> None:
-    """One method: mean and interval for three seeds or more, else a thin line per seed; of `window` rows together."""
-    values = runs.pivot(index="round", columns="seed", values=y).rolling(window, min_periods=1).mean()
-    places = runs.assign(place=runs[x]).pivot(index="round", columns="seed", values="place")
-    count = values.shape[1]
-    if count < 3:
-        for number, seed in enumerate(values):
-            name = counted(label, [count]) if number == 0 else None
-            panel.plot(places[seed], values[seed], label=name, linewidth=1.1, **look)
-        return
-    mean, places = values.mean(axis=1), places.mean(axis=1)
-    half = np.array([interval(row)[1] for row in values.to_numpy()])
-    panel.plot(places, mean, label=counted(label, [count]), **look)
-    panel.fill_between(places, mean - half, mean + half, color=look["color"], alpha=0.18, linewidth=0)
+def _point(panel: Axes, runs: pd.DataFrame, label: str) -> tuple[float, float, str]:
+    """Draw one method's point and bar; returns the place and its name."""
+    mean, half = interval(runs["accuracy"])
+    look, x = look_of(runs), runs["mib"].mean()
+    shape = {"marker": look["marker"], "color": look["color"], "markersize": 7, "label": label, "linestyle": "none"}
+    fill = "white" if (runs["preset"].iloc[0], runs["changed"].iloc[0]) != ("paper", "") else look["color"]
+    panel.errorbar(x, mean, None if np.isnan(half) else half, markerfacecolor=fill, **shape)
+    return x, mean, label
+
+
+def _seed_bar(panel: Axes, every: pd.DataFrame) -> bool:
+    """At the right edge, FedDIP's interval, if it was run three times; whether it was."""
+    mean, half = interval(headline(every[every["label"] == "FedDIP"])["accuracy"])
+    if np.isfinite(half):
+        panel.errorbar(panel.get_xlim()[1] / 1.07, mean, half, color=GREY, capsize=3)
+    return bool(np.isfinite(half))

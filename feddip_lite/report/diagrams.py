@@ -10,6 +10,7 @@ from math import prod
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -18,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.sparsity import num_kept, topk_mask
-from .style import AXES, INK, grid, styled
+from .style import AXES, INK, grid, headed, round_axis, styled
 
 KEPT, PRUNED, BLUE = "#d55e00", "#c9ced3", "#0072b2"
 SERVER, CLIENT = "#fdece2", "#e6f1f8"  # fills
@@ -81,7 +82,7 @@ def before_after_pruning(sizes: Sequence[int] = (5, 6, 6, 3), sparsity: float = 
     mask = topk_mask(weights, num_kept(sparsity, len(weights)))
     heights = [np.linspace(-1, 1, size) * size / max(sizes) for size in sizes]
     edges = [(layer, i, j) for layer, (rows, columns) in enumerate(shapes) for i in range(rows) for j in range(columns)]
-    figure, axes = grid(1, 2, 4.6, 3.2)
+    figure, axes = grid(1, 2, 3.2)
     for panel, after in zip(axes[0], (False, True), strict=True):
         for (layer, i, j), weight, kept in zip(edges, weights.tolist(), mask.tolist(), strict=True):
             look = {"color": KEPT, "lw": 1.5 * weight} if kept or not after else {"color": PRUNED, "lw": 0.5, "ls": ":"}
@@ -97,20 +98,15 @@ def before_after_pruning(sizes: Sequence[int] = (5, 6, 6, 3), sparsity: float = 
 @styled
 def matrices(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Small matrices with their numbers; pruned entries (mask False) are grey. Values: {title: (matrix, mask)}."""
-    figure, axes = grid(1, len(panels), 2.9, 2.6)
+    figure, axes = grid(1, len(panels), 2.6, 2.9 * len(panels))
     colours = LinearSegmentedColormap.from_list("weights", ["#56b4e9", "#ffffff", "#e69f00"])
     largest = max(float(np.abs(matrix).max()) for matrix, _ in panels.values())
     for panel, (title, (matrix, mask)) in zip(axes[0], panels.items(), strict=True):
-        panel.imshow(np.where(mask, matrix, np.nan), cmap=colours, vmin=-largest, vmax=largest)
-        for (row, column), value in np.ndenumerate(matrix):
-            kept = bool(mask[row, column])
-            colour = INK if kept else "#9aa2aa"
-            text = f"{round(float(value), 2) + 0.0:.2f}"  # + 0.0 turns -0.0 into 0.0
-            panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-        panel.set_title(title)
-        panel.set(xticks=[], yticks=[], facecolor="#eef0f2")
-        panel.spines[:].set_visible(False)
-        panel.grid(False)
+        for kept, colour in ((mask, INK), (~mask, "#69727b")):
+            numbers = {"annot": matrix + 0.0, "fmt": "z.2f", "annot_kws": {"fontsize": 8, "color": colour}}
+            look = {"cmap": colours if colour == INK else ["#eef0f2"], "cbar": False, "square": True}
+            sns.heatmap(matrix, mask=~kept, vmin=-largest, vmax=largest, ax=panel, **numbers, **look)
+        panel.set(title=title, xticks=[], yticks=[])
     return figure
 
 
@@ -121,28 +117,28 @@ def layer_densities(models: Mapping[str, Mapping[str, float]], title: str) -> Fi
     look = {"figsize": (11, 3.6), "width_ratios": widths, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(models), squeeze=False, **look)
     for panel, (model, layers) in zip(axes[0], models.items(), strict=True):
-        panel.bar(list(layers), list(layers.values()), color=BLUE)
+        sns.barplot(layers, color=BLUE, ax=panel)
         panel.tick_params(axis="x", rotation=90, labelsize=8)
-        panel.set(title=model, ylim=(0, 1.05))
-        panel.grid(False, axis="x")
-    axes[0][0].set_ylabel("density, share of weights kept")
-    figure.suptitle(title, x=0.01, ha="left")
+        panel.set(title=model, ylim=(0, 1.05), ylabel="density, share of weights kept")
+    headed(figure, title)
     return figure
 
 
 @styled
 def schedules(rounds: int, initial: float, final: float, peak: float, steps: int) -> Figure:
     """The schedules of FedDIP over `rounds` rounds: sparsity, and the penalty by Eq. 3 and by the published code."""
-    figure, axes = grid(1, 2, 4.6, 3.0)
+    figure, axes = grid(1, 2, 2.8)
     t = range(rounds)
     axes[0][0].plot(t, [sparsity_at(i, initial, final, rounds) for i in t], color=KEPT)
     axes[0][0].axhline(final, color=INK, lw=0.8, ls=":")
-    axes[0][0].set(xlabel=AXES["round"], ylabel="sparsity $s_t$", ylim=(0, 1), title=f"cubic, T = {rounds}")
+    axes[0][0].set(ylabel="sparsity $s_t$", ylim=(0, 1), title=f"cubic, T = {rounds}")
     for name, schedule, line in (("Eq. 3", penalty_at, "-"), ("published code", published_penalty_at, "--")):
         axes[0][1].step(t, [schedule(i, peak, steps, rounds) for i in t], where="post", ls=line, color=KEPT, label=name)
     axes[0][1].axhline(peak, color=INK, lw=0.8, ls=":")
-    axes[0][1].set(xlabel=AXES["round"], ylabel=AXES["penalty"], title=f"Q = {steps} steps, T = {rounds}")
+    axes[0][1].set(ylabel=AXES["penalty"], title=f"Q = {steps} steps, T = {rounds}")
     axes[0][1].legend(loc="lower right")
+    for panel in axes[0]:
+        round_axis(panel)
     return figure
 
 
@@ -167,13 +163,13 @@ def trajectories(loss: Callable, paths: Mapping[str, np.ndarray], window: tuple[
 @styled
 def label_heatmaps(panels: Mapping[str, np.ndarray], title: str) -> Figure:
     """Who has which classes: samples per class (rows) and client (columns). Values: {title: (classes, clients)}."""
-    figure, axes = grid(1, len(panels), 3.0, 3.0)
+    figure, axes = grid(1, len(panels), 3.0, 3.0 * len(panels))
     largest = max(counts.max() for counts in panels.values())
     for panel, (name, counts) in zip(axes[0], panels.items(), strict=True):
-        image = panel.imshow(counts, cmap="YlGnBu", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        last = panel is axes[0][-1]
+        bar = {"cbar": last, "cbar_kws": {"label": "training samples"}} if last else {"cbar": False}
+        sns.heatmap(counts, cmap="YlGnBu", vmin=0, vmax=largest, ax=panel, **bar)
         panel.set(title=name, xlabel="client")
-        panel.grid(False)
     axes[0][0].set_ylabel("class")
-    figure.colorbar(image, ax=axes[0], label="training samples")
-    figure.suptitle(title, x=0.01, ha="left")
+    headed(figure, title)
     return figure

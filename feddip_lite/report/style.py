@@ -1,45 +1,60 @@
-"""What all figures share: one style, one colour per method, axes with units, legends, and one `save_figure`.
+"""What all figures share: one style, a look per method, panels of lines, axes, legends, and one `save_figure`.
 
-The figures themselves are in `curves.py` and in `studies/`, drawings that explain ideas in `diagrams.py`.
+Colours are seaborn's "colorblind" palette. The figures themselves are in `curves.py` and in `studies/`, drawings that
+explain ideas in `diagrams.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Collection
+import textwrap
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from ..methods.registry import METHODS
+from ..records.names import family_of
 from ..records.store import ROOT, atomic_write
+from .statistics import interval
 
-COLOURS = {  # Okabe and Ito's palette, safe for colour-blind readers; a method has the same colour everywhere
-    "fedavg": "#000000", "fedprox": "#8c8c8c", "feddp": "#0072b2", "feddip": "#d55e00", "feddst": "#009e73",
-    "prunefl": "#e69f00", "snip": "#cc79a7", "prunetrain": "#56b4e9", "fedsparsify_global": "#7f5f00",
-    "fedsparsify_local": "#7cb518", "mpfl": "#5d3a9b", "fedmap": "#40b0a6", "fedlp": "#994f00", "fedx": "#dc267f",
-    "fedtiny": "#648fff",
-}  # fmt: skip
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
 INK = "#222222"
+FAMILY_COLOURS = {
+    "dense to dense": (INK, GREY, "#5f5f5f"),
+    "dense to sparse": (BLUE, SKY, GREEN, "#0b3c5d"),
+    "sparse to sparse": (PURPLE, VERMILION, ORANGE, BROWN, "#7a1f1f"),
+    "own": ("#4b0092", "#40b0a6"),
+}
+"""The methods of a family take its colours in turn, in their order in METHODS, and markers too."""
+MARKERS = "osDv^PX<>"
+DASHES = "", (7, 1.5)  # every second method of a family lets through what it covers
+OTHER_DASHES = {"repo": (3, 1.5), "memory": (1, 1)}  # by preset; another form of a method has dashes and dots
+WIDTH = 8.6  # inches of every figure: shown at 800 pixels, its words are read
 STYLE = {
-    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 8.5, "figure.titlesize": 11,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e7ea", "grid.linewidth": 0.8, "axes.edgecolor": "#808890",
-    "legend.framealpha": 0.8, "legend.edgecolor": "none",
-    "figure.dpi": 110, "lines.linewidth": 1.8, "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans",
+    **sns.axes_style("ticks"), "axes.grid": True, "grid.color": "#e4e7ea", "axes.edgecolor": "#808890",
+    "axes.spines.top": False, "axes.spines.right": False, "font.family": "DejaVu Sans",
+    "mathtext.fontset": "dejavusans", "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
+    "figure.titlesize": 10, "legend.framealpha": 0.8, "legend.edgecolor": "none", "figure.dpi": 110,
+    "lines.linewidth": 1.8,
 }  # fmt: skip
 AXES = {
-    "round": "round t", "mib": "transmitted MiB, up + down", "accuracy": "accuracy, whole test set",
-    "top5_accuracy": "top-5 accuracy, whole test set", "local_accuracy": "accuracy, mean over clients",
+    "round": "round t", "mib": "transmitted MiB, up + down", "accuracy": "test accuracy",
+    "top5_accuracy": "top-5 test accuracy", "local_accuracy": "accuracy, mean over clients",
     "sparsity": "sparsity of prunable weights", "penalty": r"penalty $\lambda_t$", "regrown": "weights regrown",
-    "mask_overlap": "mask overlap (Jaccard)", "loss": "cross-entropy, whole test set",
+    "mask_overlap": "mask overlap (Jaccard)", "loss": "cross-entropy, test set",
     "pruning_error": r"pruning error, share of $\Vert w \Vert^2$", "alignment": "alignment of clients' moves",
     "members_accuracy": "mean accuracy of local models",
     "merging_gain": "accuracy of the mean of local models,\nminus their mean accuracy",
@@ -58,15 +73,8 @@ def style(**more):
         rcParams.update(before)
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """A drawing function that runs under `STYLE`."""
-
-    @functools.wraps(draw)
-    def wrapper(*args, **kwargs) -> Figure:
-        with style():
-            return draw(*args, **kwargs)
-
-    return wrapper
+styled = style()
+"""Decorates a drawing function, which then runs under `STYLE`."""
 
 
 def save_figure(figure: Figure, name: str, folder: str | Path = ROOT / "figures") -> tuple[Path, Path]:
@@ -83,10 +91,106 @@ def save_figure(figure: Figure, name: str, folder: str | Path = ROOT / "figures"
     return paths
 
 
-def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """(figure, axes (rows, columns)), each panel `width` x `height` inches."""
-    size = (width * columns, height * rows + 0.6)
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+def look_of(runs: pd.DataFrame) -> dict[str, object]:
+    """How these runs are drawn: the colour tells the family, colour and marker the method, dashes the preset or form.
+    A method that is not registered has a look too, by its name."""
+    method, preset, changed = (runs[name].iloc[0] for name in ("method", "preset", "changed"))
+    family = family_of(method)
+    members = [name for name in METHODS if family_of(name) == family]
+    place = members.index(method) if method in members else zlib.crc32(method.encode())
+    colours = FAMILY_COLOURS[family]
+    dashes = (5, 1.5, 1, 1.5) if changed else OTHER_DASHES.get(preset, DASHES[place % 2])
+    return {"color": colours[place % len(colours)], "marker": MARKERS[place % len(MARKERS)], "dashes": dashes}
+
+
+def grid(rows: int, columns: int, height: float, width: float = WIDTH) -> tuple[Figure, np.ndarray]:
+    """(figure, axes (rows, columns)) of `width` inches, `height` each row."""
+    return plt.subplots(rows, columns, figsize=(width, height * rows + 0.6), squeeze=False, layout="constrained")
+
+
+def line_panels(
+    rows: pd.DataFrame, looks: Mapping[str, Mapping], title: str = "{col_name}", height: float = 2.5, **facets
+) -> sns.FacetGrid:
+    """A grid of panels of lines (`lines`), one figure wide, with a legend of the names that occur.
+
+    Args:
+        rows: as `lines` takes them, with the columns that make the panels.
+        title: of a panel, of `row_name` and `col_name`. height: of a row of panels, inches.
+        facets: of seaborn's FacetGrid: `row`, `col`, `col_wrap`, their orders, what panels share.
+    """
+    panels = sns.FacetGrid(rows, height=height, **{"sharex": False, "sharey": False, **facets})
+    for (row, column, _), own in panels.facet_data():
+        panel = panels.facet_axis(row, column)
+        lines(own, looks, panel) if len(own) else panel.set_visible(False)
+    panels.set_titles("").set_titles(title, loc="left", size=9.5)
+    count = panels.axes.flat[0].get_gridspec().nrows
+    panels.figure.set_size_inches(WIDTH, height * count + 0.9)
+    panels.figure.set_layout_engine("constrained")
+    legend(panels.figure, {name: look for name, look in looks.items() if name in set(rows["name"])})
+    return panels
+
+
+def lines(data: pd.DataFrame, looks: Mapping[str, Mapping], panel: Axes) -> None:
+    """Lines with their bands on one panel.
+
+    Args:
+        data: a row per point: `x`, `y`, `name`, and where there are any `unit`, which tells the lines of one name
+            apart; `low` and `high`, a band; `ends`, true where a line breaks off and gets a cross.
+        looks: name -> color, marker and dashes. Where lines lie on each other, their markers do not.
+    """
+    names = [name for name in looks if name in set(data["name"])]
+    data = data.assign(**{name: value for name, value in _PLAIN.items() if name not in data})
+    line = data.groupby(["name", "unit"])["y"]
+    every = -(-line.transform("size") // 8)  # about eight markers a line
+    marked = line.cumcount() % every == data["name"].map(names.index) * every // len(names)
+    palette, markers, dashes = ({name: looks[name][key] for name in names} for key in ("color", "marker", "dashes"))
+    same = {"x": "x", "y": "y", "hue": "name", "style": "name", "hue_order": names, "style_order": names}
+    same |= {"palette": palette, "legend": False, "ax": panel}
+    single = data["unit"] != ""
+    sns.lineplot(data, **same, dashes=dashes, units="unit", estimator=None, size=single, sizes={False: 1.8, True: 1.0})
+    sns.scatterplot(data[marked], **same, markers=markers, s=32, zorder=3)
+    for name, band in data.dropna(subset=["low"]).groupby("name"):
+        panel.fill_between(band["x"], band["low"], band["high"], color=looks[name]["color"], alpha=0.15, linewidth=0)
+    for end in data[data["ends"]].itertuples():
+        panel.plot(end.x, end.y, "X", color=looks[end.name]["color"], markersize=9, zorder=4)
+
+
+_PLAIN = {"unit": "", "low": np.nan, "high": np.nan, "ends": False}
+
+
+def legend(place: Figure | Axes, looks: Mapping[str, Mapping], **where) -> None:
+    """A legend of a panel, or one below all panels of a figure; looks: name -> color, marker and dashes."""
+    handles = [Line2D([], [], label=name, **{"markeredgecolor": "white", **look}) for name, look in looks.items()]
+    columns = max(1, min(4, 130 // (max(map(len, looks), default=0) + 12)))
+    place.legend(handles=handles, **(where or {"loc": "outside lower center", "ncols": columns}))
+
+
+def headed(figure: Figure, *words: str) -> None:
+    """What the figure shows, above all panels: a line per part, two where it is long."""
+    room = int(13.5 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(part, room) for part in words), x=0.01, ha="left")
+
+
+def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each name beside its point (x, y, name): where its words cover neither a point nor another name, as near
+    as there is such a place. To be called last, when nothing moves any more."""
+    panel.figure.draw_without_rendering()
+    size = np.array([panel.get_position().width, panel.get_position().height]) * panel.figure.get_size_inches() * 72
+    places = panel.transAxes.inverted().transform(panel.transData.transform([point[:2] for point in points])) * size
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    steps = sorted(product((9, -9, 20, -20, 35, -35), range(-75, 76, 5)), key=lambda step: np.hypot(*step))
+    for (*point, name), (x, y) in zip(points, places, strict=True):
+        width = 5.0 * len(name)
+        for right, up in steps:
+            left = x + right - width * (right < 0)
+            box = left, y + up - 5, left + width, y + up + 5
+            free = all(box[0] > c or box[2] < a or box[1] > d or box[3] < b for a, b, c, d in taken)
+            if free and box[0] > 0 and box[2] < size[0] and box[1] > 0:
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "visible": np.hypot(right, up) > 11}
+        side = {"ha": "left" if right > 0 else "right", "va": "center", "fontsize": 8}
+        panel.annotate(name, point, (right, up), textcoords="offset points", color=INK, arrowprops=line, **side)
 
 
 def counted(label: str, seeds: Collection[int]) -> str:
@@ -94,27 +198,43 @@ def counted(label: str, seeds: Collection[int]) -> str:
     return f"{label} (n = {' to '.join(map(str, sorted({min(seeds), max(seeds)})))})"
 
 
-def legend_below(figure: Figure) -> None:
-    """One legend below all panels, each label once."""
-    lines = {text: line for panel in figure.axes for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+def over_seeds(
+    data: pd.DataFrame, x: str, y: str, looks: Mapping[str, Mapping], panel: Axes, joined: bool = False, **more
+) -> None:
+    """A point per run and the mean of each `name`, with its 95 % Student interval if there are three, for every place
+    on an axis of categories; names stand side by side. The categories are `x`, or `y` if that is no number.
+
+    Args:
+        data: a row per run: `x`, `y`, `name`. looks: name -> color and marker. more: of seaborn, like `order`.
+        joined: with lines through the means; of several names with three runs each, no points.
+    """
+    names = [name for name in looks if name in set(data["name"])]
+    same = {"data": data, "x": x, "y": y, "hue": "name", "hue_order": names, "legend": False, "ax": panel, **more}
+    apart = 0.8 * (1 - 1 / len(names))  # as a stripplot's
+    if joined and len(names) > 1 and data.groupby(["name", x]).size().min() >= 3:
+        apart = 0.2
+    else:
+        seeds = {"palette": [INK] * len(names), "dodge": True, "jitter": False, "size": 3.5, "alpha": 0.55}
+        sns.stripplot(**same, **seeds)
+    means = {"palette": [looks[name]["color"] for name in names], "markers": [looks[name]["marker"] for name in names]}
+    means |= {"dodge": apart, "markersize": 6, "capsize": 0.08, "err_kws": {"linewidth": 1.5}, "errorbar": _student}
+    sns.pointplot(**same, **means, **({"linewidth": 1.8} if joined else {"linestyle": "none"}))
 
 
-def wrapped(setting: str) -> str:
-    """A setting, three of its parts a line."""
-    words = setting.split(", ")
-    return "\n".join(", ".join(words[start : start + 3]) for start in range(0, len(words), 3))
+def _student(values: pd.Series) -> tuple[float, float]:
+    mean, half = interval(values)
+    return mean - half, mean + half
+
+
+def round_axis(panel: Axes) -> None:
+    """The axis of rounds: whole numbers, from 0."""
+    panel.set(xlabel=AXES["round"], xlim=(0, None))
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def log_ticks(axis: Axis) -> None:
-    """Readable ticks for a logarithmic axis: 1, 2 or 5 times powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Readable ticks for a logarithmic axis: 1, 2 or 5 times powers of ten; within half a decade, any round numbers."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low > 5 else MaxNLocator(4))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def look_of(runs: pd.DataFrame) -> dict[str, str]:
-    """The colour of these runs' method and the line of their preset or form."""
-    method, preset, changed = (runs[name].iloc[0] for name in ("method", "preset", "changed"))
-    line = "-." if changed else {"repo": "--", "memory": ":"}.get(preset, "-")
-    return {"color": COLOURS.get(method, INK), "linestyle": line}

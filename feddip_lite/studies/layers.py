@@ -10,7 +10,6 @@ from itertools import combinations
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -19,8 +18,9 @@ from ..core.sparsity import erk_densities, jaccard
 from ..records.catalogue import RECORDED, main_runs, recorded
 from ..records.names import labels
 from ..records.store import read_mask, read_run
+from ..report import style
 from ..report.statistics import quantity
-from ..report.style import INK, counted, grid, look_of, styled, wrapped
+from ..report.style import INK, counted, styled
 from .sparsity_sweep import recorded_sweep
 
 COLUMNS = ("run_id", "label", "method", "preset", "changed", "split", "setting", "seed", "target_sparsity")
@@ -76,26 +76,25 @@ def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def layer_bars(rows: pd.DataFrame, title: str) -> Figure:
-    """The sparsity of every prunable tensor, a bar per method (mean over seeds) and ERK's as a line, for one setting
-    and partition."""
-    names, order = labels(rows), list(dict.fromkeys(rows["layer"]))
-    figure, axes = grid(1, 1, max(6.4, 0.55 * len(order) + 1.5), 3.4)
-    panel, width, places = axes[0][0], 0.8 / len(names), np.arange(len(order))
-    for number, name in enumerate(names):
-        own = rows[rows["label"] == name]
-        means = 100 * own.groupby("layer")["sparsity"].mean().reindex(order)
-        look = {"color": look_of(own)["color"], "alpha": {"--": 0.6, ":": 0.35}.get(look_of(own)["linestyle"], 1)}
-        offset = (number - (len(names) - 1) / 2) * width
-        panel.bar(places + offset, means, width, label=counted(name, [own["seed"].nunique()]), **look)
-    erk = 100 * rows.groupby("layer")["erk"].mean().reindex(order)
-    panel.plot(
-        places, erk, "D", color=INK, markersize=5, markerfacecolor="white", clip_on=False, label="ERK, same total"
-    )
-    turned = {"rotation": 60, "ha": "right"} if len(order) > 6 else {}
-    panel.set_xticks(places, order, **turned)
-    panel.set(ylabel="sparsity [%]", ylim=(0, 100))
-    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.suptitle(f"{title}; {rows['split'].iloc[0]}\n{wrapped(rows['setting'].iloc[0])}", x=0.01, ha="left")
+    """What is left of every prunable tensor, in percent on a logarithmic axis: a point per seed, the mean of each
+    method, its 95 % interval where there are three seeds, and ERK's share of the same total; for one setting and
+    partition."""
+    looks = {label: style.look_of(rows[rows["label"] == label]) for label in labels(rows)}
+    seeds = rows.groupby("label")["seed"].nunique()
+    data = rows.assign(name=rows["label"], density=100 * (1 - rows["sparsity"]), erk=100 * (1 - rows["erk"]))
+    order = list(dict.fromkeys(rows["layer"]))
+    figure, axes = style.grid(1, 1, 3.2)
+    panel = axes[0][0]
+    style.over_seeds(data, "layer", "density", looks, panel, order=order)
+    panel.set(yscale="log", xlabel="", ylabel="weights kept [%], log")  # now, or means would be geometric
+    panel.plot(order, data.groupby("layer")["erk"].mean()[order], "_", color=INK, markersize=22)
+    panel.tick_params(axis="x", rotation=60 if len(order) > 6 else 0)
+    panel.margins(y=0.12)
+    style.log_ticks(panel.yaxis)
+    looks = {counted(name, [seeds[name]]): look for name, look in looks.items()}
+    erk = {"color": INK, "marker": "_", "markeredgecolor": INK, "markersize": 14, "ls": "none"}
+    style.legend(figure, looks | {"ERK, same total": erk})
+    style.headed(figure, f"{title}; {rows['split'].iloc[0]}", rows["setting"].iloc[0])
     return figure
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from ..config import Config
 from ..records.catalogue import own_start, shared_start
 from ..records.names import NAMES, SHARED, SHARED_START, SPLIT, labels
 from ..records.store import headline
+from ..report import style
 from ..report.statistics import interval, mean_of, paired, quantity
-from ..report.style import COLOURS, INK, counted, grid, look_of, styled
+from ..report.style import INK, counted, styled
 from ..report.tables import NOTHING
 
 _SHARED = [*SPLIT, *(name for name in SHARED if name not in ("target_sparsity", "weight_decay"))]
@@ -104,24 +103,22 @@ def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def sweep(runs: pd.DataFrame, title: str) -> Figure:
-    """Left: final accuracy against target sparsity, a line per method. Right: FedDIP minus FedDP at each sparsity, a
-    point per seed, the 95 % interval where there are three."""
-    figure, axes = grid(1, 2, 5.2, 3.8)
+    """Left: final accuracy at each target sparsity, the methods side by side. Right: FedDIP minus FedDP. Both with a
+    point per seed, and the 95 % interval where there are three."""
+    figure, axes = style.grid(1, 2, 3.4)
     left, right = axes[0]
-    for label in labels(runs):
-        own = runs[runs["label"] == label]
-        points = {s: _values(own[own["target_sparsity"] == s], label) for s in sorted(own["target_sparsity"].unique())}
-        _with_intervals(left, points, look_of(own), counted(label, [len(values) for values in points.values()]))
-    left.set(ylabel="final accuracy, whole test set")
-    left.legend(loc="lower left")
-    won = gains(runs)
-    _with_intervals(right, won, {"color": COLOURS["feddip"], "linestyle": "-"}, None)
-    for sparsity, values in won.items():
-        right.plot([1 - sparsity] * len(values), values, "o", color=INK, markersize=3.5, alpha=0.6)
+    percent = {sparsity: f"{100 * sparsity:g}" for sparsity in sorted(runs["target_sparsity"].unique())}
+    shown = runs.assign(name=runs["label"], sparsity=runs["target_sparsity"].map(percent))
+    looks = {label: style.look_of(runs[runs["label"] == label]) for label in labels(runs)}
+    style.over_seeds(shown, "sparsity", "accuracy", looks, left, joined=True, order=list(percent.values()))
+    won = [(percent[s], gain, "FedDIP") for s, values in gains(runs).items() for gain in values]
+    own = pd.DataFrame(won, columns=["sparsity", "gain", "name"])
+    style.over_seeds(own, "sparsity", "gain", looks, right, joined=True, order=list(percent.values()))
     right.axhline(0, color=INK, linewidth=0.8)
-    right.set(ylabel="FedDIP minus FedDP, paired by seed")
-    for panel in (left, right):
-        _sparsity_axis(panel, sorted(runs["target_sparsity"].unique()))
+    for panel, words in ((left, "final test accuracy"), (right, "FedDIP minus FedDP, paired by seed")):
+        panel.set(xlabel="target sparsity [%], equal distances", ylabel=words)
+    seeds = runs.groupby(["label", "target_sparsity"]).size()
+    style.legend(left, {counted(name, seeds[name]): look for name, look in looks.items()}, loc="lower left")
     _headed(figure, runs, title, "bars: 95 % intervals over seeds")
     return figure
 
@@ -129,20 +126,14 @@ def sweep(runs: pd.DataFrame, title: str) -> Figure:
 @styled
 def ablation(runs: pd.DataFrame, title: str) -> Figure:
     """Each variant minus FedDIP, paired by seed: a point per seed, and the 95 % interval where there are three."""
-    found = {name: values for name, values in _variants(runs).items() if len(values)}
-    figure, axes = grid(1, 1, 7.6, 0.36 * len(found) + 1.2)
-    panel = axes[0][0]
-    for place, values in enumerate(found.values()):
-        mean, half = interval(values)
-        panel.plot(values, [place] * len(values), "o", color=INK, markersize=3.5, alpha=0.6)
-        panel.errorbar(
-            mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=COLOURS["feddip"], markersize=5
-        )
-    panel.axvline(0, color=INK, linewidth=0.8)
-    names = [counted(name, [len(values)]) for name, values in found.items()]
-    panel.set(yticks=range(len(found)), yticklabels=names, xlabel="final accuracy minus FedDIP's, paired by seed")
-    panel.invert_yaxis()
-    panel.grid(False, axis="y")
+    found = {counted(name, [len(values)]): values for name, values in _variants(runs).items() if len(values)}
+    rows = [(name, value, "FedDIP") for name, values in found.items() for value in values]
+    figure, axes = style.grid(1, 1, 0.36 * len(found) + 0.9)
+    looks = {"FedDIP": style.look_of(runs[runs["method"] == "feddip"])}
+    data = pd.DataFrame(rows, columns=["variant", "gain", "name"])
+    style.over_seeds(data, "gain", "variant", looks, axes[0][0])
+    axes[0][0].axvline(0, color=INK, linewidth=0.8)
+    axes[0][0].set(xlabel="final accuracy minus FedDIP's, paired by seed", ylabel="")
     _headed(figure, runs, title, f"target sparsity {runs['target_sparsity'].iloc[0]:g}")
     return figure
 
@@ -173,22 +164,7 @@ def _values(runs: pd.DataFrame, label: str) -> np.ndarray:
     return runs[runs["label"] == label].sort_values("seed")["accuracy"].to_numpy()
 
 
-def _with_intervals(panel: Axes, points: dict[float, np.ndarray], look: dict, name: str | None) -> None:
-    places = [1 - sparsity for sparsity in points]
-    means, halves = zip(*(interval(values) for values in points.values()), strict=True) if points else ((), ())
-    halves = np.nan_to_num(halves)
-    panel.errorbar(places, means, halves, label=name, marker="o", markersize=5, capsize=3, **look)
-
-
-def _sparsity_axis(panel: Axes, sparsities: list[float]) -> None:
-    """Sparsity in percent, at places that follow the logarithm of what is left."""
-    panel.set(xscale="log", xlabel="target sparsity [%]; places follow the logarithm of the density")
-    panel.set_xticks([1 - s for s in sparsities], [f"{100 * s:g}" for s in sparsities])
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.invert_xaxis()
-
-
 def _headed(figure: Figure, runs: pd.DataFrame, title: str, more: str) -> None:
     words = [word for word in runs["setting"].iloc[0].split(", ") if not word.startswith("target sparsity")]
     shown = [*words[:4], *(word for word in words[4:] if word == SHARED_START)]
-    figure.suptitle(f"{title}; {runs['split'].iloc[0]}\n{', '.join(shown)}; {more}", x=0.01, ha="left")
+    style.headed(figure, f"{title}; {runs['split'].iloc[0]}", f"{', '.join(shown)}; {more}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from feddip_lite.data import files as datafiles
+from feddip_lite.data import files
 from feddip_lite.data.datasets import load_dataset
 from feddip_lite.data.files import IDX_FILES, KEYS, checksum, save_npz
 
@@ -87,7 +87,7 @@ def test_checksum_sees_values_shapes_and_order_but_not_the_memory_layout():
 
 def test_known_contents_are_named(tmp_path, monkeypatch):
     np.savez(tmp_path / "cifar10.npz", **cifar_arrays())
-    monkeypatch.setitem(datafiles.KNOWN["cifar10"], checksum(cifar_arrays()), "packed")
+    monkeypatch.setitem(files.KNOWN["cifar10"], checksum(cifar_arrays()), "packed")
     data = load_dataset("cifar10", tmp_path)
     assert data.variant == "packed"
     assert "JPEG" in data.source
@@ -109,7 +109,7 @@ def test_save_on_a_full_disk_leaves_no_data_and_no_litter_and_can_be_repeated(tm
         if next(calls) == failing_call:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(datafiles.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(OSError):
         save_npz(tmp_path / "cifar10.npz", cifar_arrays())
     assert {path.name for path in tmp_path.iterdir()} <= {"cifar10.sha256"}
@@ -160,7 +160,7 @@ def test_npz_with_an_array_twice_is_refused(tmp_path):
 
 
 def test_npz_that_unpacks_to_a_bomb_is_refused_before_it_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(datafiles, "MAX_NPZ_BYTES", 10_000)
+    monkeypatch.setattr(files, "MAX_NPZ_BYTES", 10_000)
     np.savez_compressed(tmp_path / "cifar10.npz", **cifar_arrays())
     refused("cifar10", tmp_path, tmp_path / "cifar10.npz", "unpacks to more than")
 
@@ -233,7 +233,7 @@ def test_malformed_idx_file_is_refused(tmp_path, key, content, reason):
 def test_fashion_mnist_with_one_changed_byte_is_refused(tmp_path, monkeypatch):
     paths = write_fashion(tmp_path)
     refused("fashionmnist", tmp_path, tmp_path / "FashionMNIST" / "raw", "unknown SHA-256")
-    monkeypatch.setitem(datafiles.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
+    monkeypatch.setitem(files.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
     data = load_dataset("fashionmnist", tmp_path)
     assert np.array_equal(data.train_images[:, 0].numpy(), fashion_arrays()["train_images"])
     assert np.array_equal(data.test_labels.numpy(), fashion_arrays()["test_labels"])
@@ -266,7 +266,7 @@ def test_download_is_kept_in_the_documented_form(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR10", Cifar)
     monkeypatch.setattr(datasets, "FashionMNIST", fashion)
-    monkeypatch.setitem(datafiles.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
+    monkeypatch.setitem(files.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
     assert load_dataset("cifar10", tmp_path).sha256 == checksum(arrays)
     assert len(load_dataset("fashionmnist", tmp_path).test_images) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"cifar10.npz", "cifar10.sha256", "FashionMNIST"}

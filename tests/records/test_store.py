@@ -242,7 +242,7 @@ def test_version_is_that_of_pyproject():
 
 
 def test_import_loads_nothing_that_only_notebooks_downloads_or_figures_need():
-    heavy = ["papermill", "nbconvert", "IPython", "torchvision", "matplotlib", "flwr", "sklearn"]
+    heavy = ["papermill", "nbconvert", "IPython", "torchvision", "matplotlib", "seaborn", "flwr", "sklearn"]
     code = f"import sys, feddip_lite; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

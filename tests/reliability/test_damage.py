@@ -17,7 +17,7 @@ from test_store import history_of
 
 from feddip_lite import load_results, run
 from feddip_lite.__main__ import main
-from feddip_lite.data import files as datafiles
+from feddip_lite.data import files
 from feddip_lite.data.datasets import load_dataset
 from feddip_lite.data.files import KEYS, checksum, save_npz
 from feddip_lite.records.store import read_run, save_run
@@ -86,7 +86,7 @@ def test_damaged_result_is_refused(tmp_path, kind):
 @pytest.mark.parametrize("key", KEYS)
 def test_damaged_idx_file_is_refused(tmp_path, monkeypatch, key):
     paths = write_fashion(tmp_path)
-    monkeypatch.setitem(datafiles.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
+    monkeypatch.setitem(files.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
     every_damage_is_refused(paths[key], lambda: load_dataset("fashionmnist", tmp_path), paths[key].parent)
 
 

@@ -1,20 +1,24 @@
 """Laws of figures and names, on recorded runs of a tiny federation."""
 
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import FAST, tiny_config
+from matplotlib.collections import PolyCollection
 
-from feddip_lite.methods import METHODS
-from feddip_lite.records import catalogue as experiments
+from feddip_lite.methods import METHODS, Method
+from feddip_lite.methods.base import About
+from feddip_lite.records import catalogue
 from feddip_lite.records.catalogue import comparable, main_runs, profile_queue, recorded
-from feddip_lite.records.names import NAMES, describe, labels
+from feddip_lite.records.names import describe, labels, title_of
 from feddip_lite.records.store import headline, load_results
-from feddip_lite.report import diagrams as drawings
+from feddip_lite.report import diagrams
 from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes, column_panels, families
 from feddip_lite.report.statistics import paired
-from feddip_lite.report.style import COLOURS, save_figure
+from feddip_lite.report.style import look_of, save_figure
 from feddip_lite.train.run import train
 
 TWO = {**FAST, "rounds": 2}
@@ -46,6 +50,10 @@ def only(results, *names, seeds=(0, 1, 2)):
 # ---- figures
 
 
+def legend_of(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_saving_a_figure_twice_gives_the_same_bytes(results, tmp_path):
     figure, again = (accuracy_curves({"Tiny": only(results, "FedAvg")}) for _ in range(2))
     for name, drawn in (("first", figure), ("second", figure), ("third", again)):
@@ -56,7 +64,7 @@ def test_saving_a_figure_twice_gives_the_same_bytes(results, tmp_path):
 
 
 def test_saved_figures_hold_neither_date_nor_software(tmp_path):
-    png, svg = (path.read_bytes() for path in save_figure(drawings.workflow(), "workflow", tmp_path))
+    png, svg = (path.read_bytes() for path in save_figure(diagrams.workflow(), "workflow", tmp_path))
     assert b"Software" not in png and b"matplotlib" not in png.lower()
     assert b"<dc:date>" not in svg and b"Matplotlib v" not in svg
 
@@ -64,14 +72,13 @@ def test_saved_figures_hold_neither_date_nor_software(tmp_path):
 def test_an_interval_is_drawn_for_three_seeds_and_never_for_two(results):
     three = accuracy_curves({"Tiny": only(results, "FedAvg")}, x=["round"]).axes[0]
     two = accuracy_curves({"Tiny": only(results, "FedAvg", seeds=(0, 1))}, x=["round"]).axes[0]
-    assert (len(three.lines), len(three.collections)) == (1, 1)
-    assert (len(two.lines), len(two.collections)) == (2, 0)
+    bands = [[part for part in panel.collections if isinstance(part, PolyCollection)] for panel in (three, two)]
+    assert [len(three.lines), len(two.lines)] == [1, 2] and [len(found) for found in bands] == [1, 0]
 
 
 def test_legends_carry_n_and_titles_carry_data_and_rounds(results):
     figure = accuracy_curves({"Tiny": only(results, "FedAvg", "FedDIP")})
-    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert texts == ["FedAvg (n = 3)", "FedDIP (n = 3)"]
+    assert legend_of(figure) == ["FedAvg (n = 3)", "FedDIP (n = 3)"]
     assert "digits, LeNet-5, T = 2 rounds" in figure.get_suptitle()
 
 
@@ -93,7 +100,7 @@ def test_each_seed_is_drawn_against_its_own_bytes(results):
 def test_each_source_has_columns_of_its_own(results):
     iid = only(results, "FedAvg")
     figure = accuracy_curves({"Fresh": iid, "Recorded": iid, "Empty": iid.iloc[:0]}, x=["round"])
-    assert [axes.get_title("left").split("\n")[0] for axes in figure.axes] == ["Fresh", "Recorded"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["Fresh: IID", "Recorded: IID"]
 
 
 def test_column_panels_leave_out_rounds_without_a_value(results):
@@ -101,20 +108,66 @@ def test_column_panels_leave_out_rounds_without_a_value(results):
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
 
 
+def test_what_has_no_value_has_no_panel(results):
+    figure = column_panels(only(results, "FedAvg"), ["sparsity", "pruning_error"], "Tiny")
+    assert [axes.get_visible() for axes in figure.axes] == [True, False]
+    both = results[results["label"] == "FedDIP"]
+    figure = accuracy_curves({"Fresh": only(results, "FedDIP"), "Recorded": both}, x=["round"])
+    assert [axes.get_visible() for axes in figure.axes] == [True, True, False, True]
+    assert [axes.get_title("left") for axes in figure.axes][::3] == ["Fresh: IID", "Recorded: 2 classes per client"]
+
+
 def test_families_put_each_method_in_its_row_beside_fedavg_and_feddip(results):
     figure = families(results[results["split"] == "IID"], "Tiny", x=["round"])
-    rows = [[text.get_text().split(" (n")[0] for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert rows == [["FedAvg", "FedDIP", "FedDIP (mask_interval = 1, penalty_max = 0.5)"]] * 3
+    assert [axes.get_title("left") for axes in figure.axes] == ["dense to dense", "sparse to sparse"]
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
+    names = ["FedAvg", "FedDIP", "FedDIP (mask_interval = 1, penalty_max = 0.5)"]
+    assert [name.split(" (n")[0] for name in legend_of(figure)] == names
+
+
+def test_lines_are_the_means_of_up_to_ten_rows_and_their_axis_is_where_they_live(results):
+    run, rounds = only(results, "FedAvg", seeds=(0,)).iloc[:1], 60
+    rising = pd.concat([run.assign(round=t, accuracy=0.9 - 0.8 * 0.9**t) for t in range(rounds)])
+    panel = accuracy_curves({"Tiny": rising}, x=["round"]).axes[0]
+    smooth = rising["accuracy"].rolling(10, min_periods=1).mean()
+    np.testing.assert_allclose(panel.lines[0].get_ydata(), smooth)
+    low, high = panel.get_ylim()
+    assert smooth.iloc[rounds // 5] > low > smooth.iloc[rounds // 10] and high > smooth.max()
+    assert all(tick == int(tick) for tick in panel.get_xticks())
+
+
+def test_lines_on_each_other_have_their_markers_apart(results):
+    runs = only(results, "FedAvg", "FedDIP", seeds=(0,)).drop_duplicates("run_id")
+    panel = accuracy_curves({"": pd.concat([runs.assign(round=t, accuracy=0.5) for t in range(40)])}, x=["round"]).axes[
+        0
+    ]
+    one, other = panel.lines
+    assert one.get_color() != other.get_color()
+    assert np.array_equal(one.get_xydata(), other.get_xydata())
+    places = panel.collections[0].get_offsets()[:, 0]
+    assert len(set(places)) == len(places) == 16
 
 
 def test_points_lie_at_final_accuracy_and_total_bytes_with_an_interval_from_three_seeds_on(results):
     axes = accuracy_for_bytes(only(results, "FedAvg", "FedDIP"), "Tiny").axes[0]
     drawn = {bar.get_label(): bar.has_yerr for bar in axes.containers}
-    assert drawn == {"FedAvg (n = 3)": True, "FedDIP (n = 3)": True}
+    assert drawn == {"FedAvg": True, "FedDIP": True}
     one = only(results, "FedDIP", seeds=(0,))
     (bar,) = accuracy_for_bytes(one, "Tiny").axes[0].containers
     assert not bar.has_yerr
     assert np.allclose(bar.lines[0].get_xydata(), headline(one)[["mib", "accuracy"]].to_numpy())
+
+
+def test_points_are_named_beside_them_and_names_cover_neither_points_nor_names(results):
+    runs = pd.concat([only(results, "FedAvg", "FedDIP", seeds=(0,)), only(results, "FedDIP (repo)")])
+    figure = accuracy_for_bytes(runs.assign(accuracy=0.5), "Tiny")
+    (panel,) = figure.axes
+    assert {text.get_text() for text in panel.texts} == {"FedAvg", "FedDIP", "FedDIP (repo)"}
+    figure.draw_without_rendering()
+    places = panel.transData.transform([line.get_xydata()[0] for bar in panel.containers for line in bar.lines[:1]])
+    boxes = [text.get_window_extent() for text in panel.texts]
+    assert not any(box.contains(*place) for box in boxes for place in places)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_only_seeds_that_every_method_has_are_compared(results):
@@ -123,21 +176,47 @@ def test_only_seeds_that_every_method_has_are_compared(results):
     assert comparable(results.iloc[:0]).empty
 
 
-def test_every_method_has_a_name_and_a_colour_of_its_own():
-    assert set(METHODS) <= set(NAMES) and set(METHODS) <= set(COLOURS)
-    assert len(set(COLOURS.values())) == len(COLOURS)
+def look_of_method(name):
+    look = look_of(pd.DataFrame({"method": [name], "preset": ["paper"], "changed": [""]}))
+    return look["color"], look["marker"]
+
+
+def test_every_method_has_a_name_and_a_look_of_its_own_also_one_of_your_own(monkeypatch):
+    class NewMethod(Method):
+        about = About(title="New Method", family="dense to nothing")
+
+    class Other(METHODS["feddip"]):
+        pass
+
+    known = {name: look_of_method(name) for name in METHODS}
+    monkeypatch.setitem(METHODS, "new", NewMethod)
+    monkeypatch.setitem(METHODS, "other", Other)
+    looks = {name: look_of_method(name) for name in [*METHODS, "nobody"]}
+    assert len(set(looks.values())) == len(looks)
+    assert {name: looks[name] for name in known} == known
+    assert [title_of(name) for name in ("new", "other", "nobody")] == ["New Method", "Other", "nobody"]
+    assert len({title_of(name) for name in METHODS}) == len(METHODS)
+
+
+def test_runs_of_a_method_that_is_not_registered_are_named_and_drawn(folder):
+    records = load_results(folder / "lite")
+    runs = describe(records.assign(method=records["method"].replace("fedavg", "elsewhere")))
+    assert labels(runs)[-1] == "elsewhere" and "FedAvg" not in labels(runs)
+    assert "elsewhere (n = 3)" in legend_of(accuracy_curves({"Tiny": runs[runs["split"] == "IID"]}))
+    figure = families(runs[runs["split"] == "IID"], "Tiny", x=["round"])
+    assert [axes.get_title("left") for axes in figure.axes] == ["sparse to sparse", "own"]
 
 
 def test_drawing_leaves_the_style_of_matplotlib_alone():
     before = dict(plt.rcParams)
-    drawings.schedules(20, 0.5, 0.9, 1e-3, 20)
-    drawings.before_after_pruning()
+    diagrams.schedules(20, 0.5, 0.9, 1e-3, 20)
+    diagrams.before_after_pruning()
     assert dict(plt.rcParams) == before
 
 
 def test_a_pruned_entry_of_a_matrix_is_left_blank():
     mask = np.eye(3, dtype=bool)
-    image = drawings.matrices({"m": (np.ones((3, 3)), mask)}).axes[0].images[0].get_array()
+    image = diagrams.matrices({"m": (np.ones((3, 3)), mask)}).axes[0].collections[0].get_array()
     assert np.array_equal(~image.mask, mask)
 
 
@@ -155,21 +234,21 @@ def test_labels_name_preset_and_changed_options(results):
 
 
 def test_runs_with_another_decay_have_another_setting(results):
-    first = results[results["run_id"] == results["run_id"].iloc[0]].drop(columns=list(experiments.ADDED))
+    first = results[results["run_id"] == results["run_id"].iloc[0]].drop(columns=list(catalogue.ADDED))
     usual, other = (describe(first.assign(lr_decay=decay))["setting"].iloc[0] for decay in (0.998 ** (1000 / 2), 0.5))
     assert other == f"{usual}, lr decay 0.5"
 
 
 def test_nothing_recorded_is_an_empty_frame_with_the_same_columns(results, monkeypatch, tmp_path):
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(catalogue, "ROOT", tmp_path)
     empty = recorded("lite", dataset="digits")
     assert len(empty) == 0
     assert set(empty.columns) >= {"label", "split", "setting", "mib", "seed", "run_id", "method"}
 
 
 def test_main_runs_leave_ablations_out(folder, monkeypatch):
-    monkeypatch.setattr(experiments, "ROOT", folder.parent)
-    monkeypatch.setattr(experiments, "profile_queue", lambda profile: QUEUE)
+    monkeypatch.setattr(catalogue, "ROOT", folder.parent)
+    monkeypatch.setattr(catalogue, "profile_queue", lambda profile: QUEUE)
     forms = ["FedAvg", "FedDIP", "FedDIP (repo)", "FedDIP (upload = masked)"]
     assert labels(main_runs("lite")["lenet5_digits"]) == forms
 
@@ -180,7 +259,7 @@ def test_an_unknown_profile_is_refused_by_name():
 
 
 def test_every_profile_loads_and_shortened_runs_keep_the_learning_rate_at_the_end():
-    for profile in experiments.PROFILES:
+    for profile in catalogue.PROFILES:
         for config in profile_queue(profile):
             assert config.lr_decay == pytest.approx(0.998 ** (1000 / config.rounds))
 

@@ -17,13 +17,14 @@ from feddip_lite.records.profiles import load_profile
 from feddip_lite.records.store import ROOT, load_results, read_run
 from feddip_lite.report.style import save_figure
 from feddip_lite.studies.bound import figures as bound_figures
-from feddip_lite.studies.bound import path as bound_runs
+from feddip_lite.studies.bound import path
 from feddip_lite.studies.bound.estimators import Objective, assemble, estimate, pruning_distance
 from feddip_lite.studies.bound.path import ESTIMATES, PATH_COLUMNS, record_path
 from feddip_lite.studies.bound.tables import (
     TERMS,
     bound_of,
     checkpoints,
+    each_run,
     estimates_table,
     gamma_of,
     overtaking,
@@ -110,7 +111,7 @@ def test_an_interrupted_run_goes_on_from_its_last_estimates_to_the_same_bits(tmp
         done.append(state.round)
         return estimate(state, *arguments, **named)
 
-    monkeypatch.setattr(bound_runs, "estimate", failing)
+    monkeypatch.setattr(path, "estimate", failing)
     with pytest.raises(KeyboardInterrupt):
         record_path(config, tmp_path / "parts", **COARSE)
     assert names(tmp_path / "parts") == [f"{config.run_id}.checkpoint"]
@@ -151,9 +152,9 @@ def test_smoothness_in_the_queue_is_what_was_recorded():
     for config in load_profile(ROOT / "params" / "bound" / "lite.yaml"):
         if config.lr_schedule == "theory":
             twin = replace(config, lr_schedule="exponential", smoothness=None)
-            path = found[found["run_id"] == twin.run_id] if len(found) else found
-            if len(path):
-                largest = path[["sharpness", "secant"]].max(axis=None)
+            own = found[found["run_id"] == twin.run_id] if len(found) else found
+            if len(own):
+                largest = own[["sharpness", "secant"]].max(axis=None)
                 assert config.smoothness == float(f"{largest:.2g}"), f"{config.run_id}: {largest}"
 
 
@@ -165,8 +166,8 @@ def tool():
 
 
 def test_the_tool_follows_its_queue_and_names_what_is_wrong(tmp_path, capsys, monkeypatch):
-    for name in bound_runs.SAMPLING:
-        monkeypatch.setitem(bound_runs.SAMPLING, name, COARSE[name])
+    for name in path.SAMPLING:
+        monkeypatch.setitem(path.SAMPLING, name, COARSE[name])
     queue = tmp_path / "tiny.yaml"
     queue.write_text(f"defaults: {json.dumps({**TINY, **SHORT, 'rounds': 2})}\nqueue:\n  - {{seed: [0, 1]}}\n")
     arguments = [str(queue), f"--results={tmp_path / 'results'}", "--quiet"]
@@ -175,7 +176,7 @@ def test_the_tool_follows_its_queue_and_names_what_is_wrong(tmp_path, capsys, mo
     assert [line.split()[1].rstrip(":") for line in out] == [config.run_id for config in load_profile(queue)]
     assert (err, len(load_results(tmp_path / "results"))) == ([], 6)
     _, record = read_run(tmp_path / "results", load_profile(queue)[0].run_id)
-    assert record["estimates"] == {name: COARSE[name] for name in bound_runs.SAMPLING}
+    assert record["estimates"] == {name: COARSE[name] for name in path.SAMPLING}
     assert tool().main([str(tmp_path / "none.yaml")]) == 2
     assert tool().main([*arguments, "--workers=-1"]) == 2
     out, err = read_outputs(capsys)
@@ -210,8 +211,7 @@ def test_gamma_is_the_largest_or_the_median_of_the_finite_estimates_and_never_be
 @pytest.mark.parametrize("typical", [False, True])
 def test_the_bound_of_a_record_is_that_of_its_estimates_without_the_first_pruning(printed, typical):
     run = record()
-    path = bound_runs.Estimates
-    rows = [path(**row) for row in run.iloc[[0, 2, 4]][list(ESTIMATES)].to_dict("records")]
+    rows = [path.Estimates(**row) for row in run.iloc[[0, 2, 4]][list(ESTIMATES)].to_dict("records")]
     gamma = 2.5 if typical else 3.0
     expected = assemble(rows, [1.0, 2.0, 4.0, 8.0], participants=2, steps=10, gamma=gamma, printed=printed)
     assert bound_of(run, typical=typical, printed=printed) == expected
@@ -278,38 +278,36 @@ def three() -> pd.DataFrame:
 
 
 def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
-    panel = bound_figures.terms(three(), "Tiny").axes[-1]
-    lines = {line.get_label(): line for line in panel.lines}
     run = record(partition="pathological")
-    assert panel.get_title("left") == "2 classes per client, experiments' setting"
-    assert list(lines["left side: running mean"].get_ydata()) == pytest.approx([6, 4, 3])
-    drawn = lines["pruning"].get_ydata()
-    assert list(drawn[1:]) == pytest.approx([bound_of(run).pruning * part / 15 for part in (1, 3, 7, 15)])
-    assert set(lines["drift"].get_ydata()) == {bound_of(run).drift}
-    assert lines["noise, as printed"].get_ydata()[0] == bound_of(run, printed=True).noise
-    assert lines[r"drift, median $\gamma$"].get_ydata()[0] == bound_of(run, typical=True).drift
+    lines = {name: list(own["y"]) for name, own in bound_figures.term_lines(run).groupby("name")}
+    assert lines["left side: running mean"] == pytest.approx([6, 4, 3])
+    assert lines["pruning"] == pytest.approx([bound_of(run).pruning * part / 15 for part in (1, 3, 7, 15)])
+    assert set(lines["drift"]) == {bound_of(run).drift}
+    assert lines["noise, as printed"][0] == bound_of(run, printed=True).noise
+    assert lines[r"drift, median $\gamma$"][0] == bound_of(run, typical=True).drift
 
 
-def test_a_partition_without_a_run_in_a_setting_leaves_its_panel_empty():
+def test_each_run_has_a_panel_of_terms():
     panels = bound_figures.terms(three(), "Tiny").axes
-    assert [len(panel.lines) > 0 for panel in panels] == [True, False, True, True]
-    assert [panel.axison for panel in panels] == [True, False, True, True]
+    settings = ["IID, theorem's setting", "IID, experiments' setting", "2 classes per client, experiments' setting"]
+    assert [panel.get_title("left") for panel in panels] == settings
+    lines = [bound_figures.term_lines(run)["name"].nunique() for run in each_run(three())]
+    assert [len(panel.lines) for panel in panels] == lines
 
 
 def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
     figure = bound_figures.path(three(), "Tiny")
     texts = [text.get_text() for text in figure.axes[3].get_legend().get_texts()]
     assert texts == ["IID: median 2.5, hidden at 1 of 3", "2 classes per client: median 2.5, hidden at 1 of 3"]
-    assert [len(line.get_xdata()) for line in figure.axes[3].lines[::2]] == [2, 2]
+    assert [len(line.get_xdata()) for line in figure.axes[3].lines[:2]] == [2, 2]
     assert list(figure.axes[5].lines[0].get_ydata()) == [9, 1, 2, 4, 8]
 
 
 def test_shares_add_up_to_the_whole_in_both_forms():
     figure = bound_figures.shares(three(), "Tiny")
     for panel in figure.axes:
-        widths = np.array([[bar.get_width() for bar in bars] for bars in panel.containers])
-        assert widths.shape == (len(TERMS), 6)
-        np.testing.assert_allclose(widths.sum(0), 100)
+        shown = panel.collections[0].get_array().reshape(6, len(TERMS))
+        np.testing.assert_allclose(shown.sum(1), 100)
     labels = [text.get_text().rpartition(",")[0] for text in figure.axes[0].get_yticklabels()]
     assert labels[::2] == [
         "IID, theorem's setting",
@@ -321,8 +319,8 @@ def test_shares_add_up_to_the_whole_in_both_forms():
 def test_pruning_term_has_a_line_per_preset_over_the_intervals_that_were_run():
     runs = [record(mask_interval=r, preset=preset) for r in (1, 20) for preset in ("paper", "memory")]
     figure = bound_figures.pruning_term(pd.concat([*runs, record(mask_interval=5)]), "Tiny")
-    removed = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
-    assert removed == {"paper": [0, 1, 2], "memory": [0, 2]}
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[0, 1, 2], [0, 2]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["preset paper", "preset memory"]
     assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["1", "5", "20"]
     assert set(figure.axes[1].lines[0].get_ydata()) == {bound_of(record()).pruning}
 

@@ -14,7 +14,7 @@ from feddip_lite.core.flat import Layout
 from feddip_lite.core.models import build_model
 from feddip_lite.records.kept_model import model_file
 from feddip_lite.records.store import ROOT
-from feddip_lite.studies.cost import measure as cost_runs
+from feddip_lite.studies.cost import measure
 from feddip_lite.studies.cost.client import client_rows
 from feddip_lite.studies.cost.count import flops, packed_bytes, training_flops
 from feddip_lite.studies.cost.export import sparse_model
@@ -154,7 +154,7 @@ def test_only_forms_that_differ_are_timed(dead, sparse, csr_from, expected):
 
 def test_every_form_that_is_timed_computes_the_same(monkeypatch):
     images, seen = torch.rand(2, 1, 28, 28), {}
-    monkeypatch.setattr(cost_runs, "_timed", lambda forms, *_: seen.update(forms) or [])
+    monkeypatch.setattr(measure, "_timed", lambda forms, *_: seen.update(forms) or [])
     model_rows(lenet(True, True), images, 0.8)
     outputs = [form.eval()(images) for form in seen.values()]
     assert len(outputs) == 5

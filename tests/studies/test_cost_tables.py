@@ -162,27 +162,30 @@ def test_the_recorded_measurements_are_whole():
     assert set(found["models"]["target"]) >= set(sparsities) and set(found["times"]["batch"]) == set(batches)
 
 
-def test_a_latency_figure_marks_the_crossing_and_only_forms_that_were_timed():
-    rows = pd.concat([times(), times(fast=1.0, batch=128)])
-    won, lost = cost_figures.latency(rows, "Tiny").axes
-    assert [line.get_label() for line in won.lines[:2]] == [DENSE, CSR] and len(won.lines) == 3 and len(lost.lines) == 2
-    assert won.lines[2].get_xdata() == [1, 1]  # the second of the sparsities
-    assert lost.lines[1].get_ydata().tolist() == [2.0, 2.0]
+def test_a_latency_figure_shows_times_over_the_dense_form_and_only_forms_that_were_timed():
+    rows = pd.concat([times(), times(fast=1.0, batch=128), times(model="other").query("form == @DENSE")])
+    shares = cost_figures.ratios(rows).groupby("name")["y"].agg(list)
+    assert shares["CSR linear layers, batch 1"] == [2.0, 0.5] and shares["CSR linear layers, batch 128"] == [2.0, 2.0]
+    panel, other = cost_figures.latency(rows, "Tiny").axes
+    assert [line.get_ydata().tolist() for line in panel.lines] == [[1, 1], [2, 0.5], [1, 1], [2, 2]]
+    assert len(other.lines) == 1
 
 
 def test_sizes_are_drawn_in_kib_over_the_target():
+    sizes = cost_figures.sizes_in_kib(models().sort_values("target")).groupby("name")["y"].agg(list)
+    assert sizes["file: values and a bit per weight"] == [1.0, 1.0] and sizes["dense file"] == [4.0, 4.0]
+    assert sizes["published formula 4n(1 - s)"] == pytest.approx([4 * 0.5 / 1.024, 4 * 0.1 / 1.024])
     (panel,) = cost_figures.file_sizes(models(), "Tiny").axes
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
-    assert drawn["file: values and a bit per weight"] == [1.0, 1.0] and drawn["dense file"] == [4.0, 4.0]
-    assert drawn["published formula 4n(1 - s)"] == pytest.approx([4 * 0.5 / 1.024, 4 * 0.1 / 1.024])
+    assert len(panel.lines) == len(sizes) == len(cost_figures.SIZE_LOOKS)
 
 
-def test_bars_end_at_the_bytes_of_the_run_and_figures_are_stable(runs, tmp_path):
+def test_rates_are_the_bytes_of_each_round_and_figures_are_stable(runs, tmp_path):
+    for _, own in runs.groupby("label"):
+        rates = cost_figures.rates(own, "up").query("name in @own.label")
+        by_hand = own["up_bytes"].expanding().mean() / own["clients_per_round"] / 2**10
+        assert rates["y"].tolist() == pytest.approx(by_hand.tolist())
     figure = cost_figures.bytes_by_method(runs, "Tiny")
-    totals = runs.groupby("label")[["up_bytes", "down_bytes"]].sum().sum(axis=1) / 2**20
-    bars = figure.axes[2].patches
-    ends = [up.get_x() + up.get_width() for up in bars[1::2]]
-    assert ends == pytest.approx(totals[[text.get_text() for text in figure.axes[2].get_yticklabels()]].tolist())
+    assert [panel.get_title("left") for panel in figure.axes] == ["dense to dense"] * 2 + ["sparse to sparse"] * 2
     for folder in ("a", "b"):
         save_figure(cost_figures.bytes_by_method(runs, "Tiny"), "bytes", tmp_path / folder)
     assert all(
@@ -190,6 +193,6 @@ def test_bars_end_at_the_bytes_of_the_run_and_figures_are_stable(runs, tmp_path)
     )
 
 
-def test_every_form_has_a_colour():
-    assert set(cost_figures.FORM_COLOURS) == {DENSE, CSR, SHRUNK, BOTH}
-    assert len(set(cost_figures.FORM_COLOURS.values())) == 4
+def test_every_form_has_a_look_of_its_own():
+    assert set(cost_figures.FORM_LOOKS) == {DENSE, CSR, SHRUNK, BOTH}
+    assert len(set(cost_figures.FORM_LOOKS.values())) == 4

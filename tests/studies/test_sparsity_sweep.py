@@ -10,12 +10,13 @@ import pytest
 
 from feddip_lite import Config
 from feddip_lite.records.names import describe
-from feddip_lite.studies import sparsity_sweep as extremes
 from feddip_lite.studies.sparsity_sweep import (
+    ablation,
     ablation_table,
     ablations,
     gains,
     sparsity_sweep,
+    sweep,
     sweep_reading,
     sweep_table,
 )
@@ -137,20 +138,19 @@ def test_ablations_are_named_by_what_was_changed_and_paired_with_feddip():
 
 def test_figures_show_the_tables_numbers():
     runs = sparsity_sweep(sweep_of())
-    left, right = extremes.sweep(runs, "title").axes
+    left, right = sweep(runs, "title").axes
     means = runs.groupby(["label", "target_sparsity"])["accuracy"].mean()
-    for container in left.containers:
-        label = container.get_label().split(" (n")[0]
-        np.testing.assert_allclose(np.array(container.lines[0].get_ydata(), float), means[label])
-    assert len(left.containers) == 2
-    heights = np.array(right.containers[0].lines[0].get_ydata(), float)
-    np.testing.assert_allclose(heights, [values.mean() for values in gains(runs).values()])
-    assert left.xaxis_inverted() and [text.get_text() for text in left.get_xticklabels()] == ["80", "90", "99"]
+    drawn = [line.get_ydata() for line in left.lines if line.get_marker() in ("o", "s")]
+    np.testing.assert_allclose(drawn, [means["FedDP"], means["FedDIP"]])
+    (won,) = (line.get_ydata() for line in right.lines if line.get_marker() == "s")
+    np.testing.assert_allclose(won, [values.mean() for values in gains(runs).values()])
+    assert [text.get_text() for text in left.get_xticklabels()] == ["80", "90", "99"]
     varied = ablations(sweep_of(targets=(0.9,)))
-    (panel,) = extremes.ablation(varied, "title").axes
+    (panel,) = ablation(varied, "title").axes
     (name,) = (text.get_text() for text in panel.get_yticklabels())
     assert name == "no penalty (FedDP) (n = 3)"
-    assert math.isclose(panel.containers[0].lines[0].get_xdata()[0], -0.01)
+    (mean,) = (line.get_xdata() for line in panel.lines if line.get_marker() == "s")
+    assert math.isclose(mean[0], -0.01)
 
 
 def test_no_runs_give_empty_frames():

@@ -46,6 +46,29 @@ def test_snippet_runs(snippet, tmp_path):
     assert "accuracy" in done.stdout
 
 
+SHOWN = """
+from feddip_lite.records.names import describe
+from feddip_lite.records.store import load_results
+from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes, families
+from feddip_lite.report.tables import results_table
+for method in ("fedavg", "oneshot"):
+    run(Config(method=method, rounds=6, clients=10, batch_size=16), results_dir="results", progress=False)
+runs = describe(load_results("results"))
+for figure in (accuracy_curves({"": runs}), families(runs, "")):
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FedAvg (n = 1)", "One Shot (n = 1)"]
+assert {text.get_text() for text in accuracy_for_bytes(runs, "").axes[0].texts} == {"FedAvg", "One Shot"}
+print(results_table(runs)["method (preset)"].tolist())
+"""
+
+
+def test_the_own_method_is_in_figures_and_tables_by_its_name(tmp_path):
+    command = [sys.executable, "-W", "error", "-c", SNIPPETS[1] + SHOWN]
+    environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "One Shot" in done.stdout
+
+
 def test_the_own_method_takes_at_most_thirty_lines():
     assert len(SNIPPETS[1].strip().splitlines()) <= 30
 

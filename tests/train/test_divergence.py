@@ -106,11 +106,12 @@ def test_a_diverged_run_is_shown_and_never_averaged(tmp_path, monkeypatch, agg):
     assert quantity(values[headline(renamed)["seed"] == 3]) == "diverged (n=1)"
     assert comparable(renamed)["seed"].unique().tolist() == [0, 1, 2]
     assert "3, 1 diverged" in results_table(renamed)["final accuracy"].item()
-    panel = accuracy_curves({"": renamed}, x=["round"]).axes[0]
-    mean, *_, seed, cross = panel.lines
+    figure = accuracy_curves({"": renamed}, x=["round"])
+    mean, seed, cross = figure.axes[0].lines
     np.testing.assert_allclose(mean.get_ydata(), first.groupby("round")["accuracy"].mean())
-    assert seed.get_label() == "FedAvg, diverged"
-    assert cross.get_marker() == "x"
+    assert seed.get_xydata()[-1].tolist() == cross.get_xydata()[0].tolist() == [1, broken["accuracy"].iloc[0]]
+    assert cross.get_marker() == "X"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FedAvg (n = 3)", "FedAvg, diverged"]
 
 
 def test_a_failure_of_another_kind_is_no_divergence_and_records_nothing(tmp_path, monkeypatch):
