@@ -71,7 +71,7 @@ flower-test: $(FLOWER) ## all tests of the federation on Flower, with real proce
 	  tests/flower/test_flower_machines.py
 
 bench: $(READY)  ## time the engine against stock operators
-	$(PY) benchmarks/engine.py
+	$(PY) -m benchmarks engine
 
 lint: $(READY)   ## style, formatting, layers, notebooks without outputs
 	$(PY) -m ruff check .

@@ -3,7 +3,8 @@
 a  Published   the published code's procedure, rebuilt from its description: images pass through PIL and a DataLoader
                with two workers per client and epoch; a masked deep copy of the model per batch; a second, dense forward
                pass; the client's model is evaluated on its test shard, the global one on training and test set
-b  Careful     one client after the other on all cores: data as tensors, a masked leaf, one forward, stock operators
+b  Careful     one client after the other on all cores, by nano's `local_update`: data as tensors, a masked leaf, one
+               forward, stock operators
 c  Engine      this package
 d  Floor       stock operators' bare forward and backward of the same batches at fixed weights, clients side by side
 """
@@ -23,14 +24,16 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from feddip_lite import nano
 from feddip_lite.config import Config
 from feddip_lite.core import linear as operators
 from feddip_lite.core.models import build_model
-from feddip_lite.data.datasets import augment, normalise
 from feddip_lite.train.evaluate import evaluate_state
 from feddip_lite.train.round import run_round, sample_cohort
 from feddip_lite.train.run import running
 from feddip_lite.train.setup import prepare
+
+PENALTY = 5e-4
 
 
 def stock_model(config: Config, data) -> nn.Module:
@@ -76,12 +79,9 @@ class _Stock:
         self.t += 1
         return sample_cohort(self.config, self.t - 1)
 
-    def batches(self, shard, generator, epochs=1):
-        for _ in range(epochs):
-            order = torch.randperm(len(shard), generator=generator).to(self.device)
-            for batch in shard[order].split(self.config.batch_size):
-                images = augment(self.data.train_images[batch], self.data.augmentation, generator)
-                yield normalise(images, self.data), self.data.train_labels[batch]
+    def batches(self, client: int, epochs: int = 1):
+        draw = torch.Generator().manual_seed(client)
+        return nano.batches(self.data, self.train_shards[client], self.config.batch_size, epochs, draw)
 
     def average_and_prune(self, states: list[dict]) -> None:
         mean = {key: torch.stack([state[key].double() for state in states]).mean(0) for key in states[0]}
@@ -95,9 +95,6 @@ class _Stock:
             for name, parameter in self.model.named_parameters():
                 if name in self.masks:
                     parameter.mul_(self.masks[name])
-
-    def penalty(self, model: nn.Module) -> torch.Tensor:
-        return 5e-4 * sum(p.norm() for name, p in model.named_parameters() if name in self.masks)
 
 
 class Published(_Stock):
@@ -135,7 +132,8 @@ class Published(_Stock):
         for _ in range(self.config.local_epochs):
             for images, labels in self.loader(data.train_images, data.train_labels, self.train_shards[client], True):
                 masked = self.masked_copy(model)
-                (F.cross_entropy(masked(images), labels) + self.penalty(masked)).backward()
+                norms = nano.penalty(dict(masked.named_parameters()), self.masks)
+                (F.cross_entropy(masked(images), labels) + PENALTY * norms).backward()
                 for own, lent in zip(model.parameters(), masked.parameters(), strict=True):
                     own.grad = lent.grad
                 sgd.step()
@@ -177,28 +175,12 @@ class Careful(_Stock):
         self.average_and_prune([self.client(client) for client in self.cohort()])
 
     def client(self, client: int) -> dict:
-        masked = copy.deepcopy(self.model).train()
-        dense = {name: p.detach().clone() for name, p in masked.named_parameters()}
-        lr, decay = self.config.lr, self.config.weight_decay
-        generator = torch.Generator().manual_seed(client)
-        for images, labels in self.batches(self.train_shards[client], generator, self.config.local_epochs):
-            with torch.no_grad():
-                for name, parameter in masked.named_parameters():
-                    parameter.copy_(dense[name] * self.masks[name] if name in self.masks else dense[name])
-                    parameter.grad = None
-            (F.cross_entropy(masked(images), labels) + self.penalty(masked)).backward()
-            with torch.no_grad():
-                for name, parameter in masked.named_parameters():
-                    dense[name] -= lr * (parameter.grad + decay * dense[name])
-        return {**masked.state_dict(), **dense}
+        batches, own = self.batches(client, self.config.local_epochs), self.model.state_dict()
+        step = {"lr": self.config.lr, "weight_decay": self.config.weight_decay, "strength": PENALTY}
+        return nano.local_update(self.model, own, self.masks, batches, **step)[0]
 
-    @torch.no_grad()
     def evaluate(self):
-        self.model.eval()
-        data, right = self.data, []
-        for images, labels in zip(data.test_images.split(1000), data.test_labels.split(1000), strict=True):
-            right.append((self.model(normalise(images, data)).argmax(1) == labels).float())
-        return float(torch.cat(right).mean())
+        return nano.evaluate(self.model, self.model.state_dict(), {}, self.data)
 
 
 class Floor(_Stock):
@@ -214,8 +196,7 @@ class Floor(_Stock):
         self.pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
         self.work = []
         for client in self.cohort():
-            generator = torch.Generator().manual_seed(client)
-            self.work.append(list(self.batches(self.train_shards[client], generator)))
+            self.work.append(list(self.batches(client)))
 
     def train(self):
         list(self.pool.map(self.forward_backward, self.work * self.config.local_epochs))

@@ -1,4 +1,4 @@
-"""What pruning saves, measured on this machine: `python benchmarks/cost.py [--write] [--rehearse]`.
+"""What pruning saves, measured on this machine.
 
 * clients: seconds and peak memory of local training, each in a process of its own: dense, FedDIP, masked SGD.
 * layers: each model's largest linear layer, dense and CSR, over sparsities.
@@ -6,27 +6,24 @@
   recorded runs of FedDIP (profile lite, IID, seed 0) ended with. What is measured depends on the mask alone, so weights
   are initial ones. Forms: dense, CSR linear layers, dead channels removed, both.
 
-One thread. `--write` records benchmarks/cost_cpu.json, from which notebook 09, a part of the README and two claims are
-made, with the machine's load before and after. Data: Fashion-MNIST, CIFAR-10, CIFAR-100. `--rehearse` takes few
-sparsities and repeats.
+One thread. From the record notebook 09, a part of the README and two claims are made; it has the machine's load before
+and after. Data: Fashion-MNIST, CIFAR-10, CIFAR-100.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from feddip_lite.config import Config
 from feddip_lite.records.catalogue import recorded
 from feddip_lite.records.provenance import provenance
-from feddip_lite.records.store import ROOT, plain, read_mask
+from feddip_lite.records.store import ROOT, read_mask
 from feddip_lite.studies.cost.client import CLIENTS, client_rows
 from feddip_lite.studies.cost.export import sparse_model
 from feddip_lite.studies.cost.measure import inference_rows, largest_linear, layer_rows, model_name, sizes, untouched
@@ -78,24 +75,17 @@ def measure(cases: tuple[dict, ...], how: dict) -> dict[str, list]:
     return rows
 
 
-def main() -> None:
-    """Measure everything, print, and record it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="record benchmarks/cost_cpu.json")
-    parser.add_argument("--rehearse", action="store_true", help="little of everything; the record says so")
-    given = parser.parse_args()
-    how = REHEARSAL if given.rehearse else SETTINGS
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rehearse", action="store_true", help="few sparsities and repeats; the record says so")
+    parser.add_argument("--models", type=int, default=len(MODELS), help="only the first so many")
+
+
+def record(given: argparse.Namespace) -> dict:
+    how, models = REHEARSAL if given.rehearse else SETTINGS, MODELS[: given.models]
     torch.set_num_threads(1)
     load, begin = os.getloadavg()[0], time.monotonic()
-    rows = measure(MODELS, how)
+    rows = measure(models, how)
     loads = {"before": load, "after": os.getloadavg()[0]}
-    settings = {**how, "models": [asdict(Config(**case)) for case in MODELS]}
+    settings = {**how, "models": [asdict(Config(**case)) for case in models]}
     facts = provenance(torch.device("cpu"), 1, load=loads, rehearsal=given.rehearse, seconds=time.monotonic() - begin)
-    print(json.dumps(plain(facts)))
-    if given.write:
-        text = json.dumps(plain({"settings": settings, **rows, "provenance": facts}), indent=1)
-        (Path(__file__).parent / "cost_cpu.json").write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {"settings": settings, **rows, "provenance": facts}

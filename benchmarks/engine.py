@@ -1,36 +1,26 @@
-"""Seconds per round of four ways to run it (contenders.py), side by side on this machine: `make bench`.
+"""Seconds per round of four ways to run it (contenders.py), side by side on this machine.
 
 Each contender is a process of its own, so that none profits from another's settings; they take turns, round by round,
 while the others wait. The engine keeps freed memory, which is a setting of the process: the floor is measured with
 PyTorch's default and, as `d+`, with that setting.
-
-    python benchmarks/engine.py [--device cuda] [--cases lenet5,alexnet,...] [--repeats N] [--write]
-
-`--write` records benchmarks/engine_<device>.json, from which the README's table is made.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
-import feddip_lite.federation
 import torch
 
 from feddip_lite.config import Config
 from feddip_lite.records.provenance import provenance
-from feddip_lite.records.store import plain
+from feddip_lite.train import setup
 
-sys.path.insert(0, str(Path(__file__).parent))
-from contenders import CONTENDERS
+from .contenders import CONTENDERS
 
-HERE = Path(__file__).parent
 FEDDIP = {"method": "feddip", "rounds": 200, "precision": "float32"}
 _LARGE = {"a": 0, "b": 1, "c": 3, "d": 3, "d+": 3}
 CASES = {
@@ -49,7 +39,7 @@ NEEDS_GPU = {"resnet18"}
 def contender(name: str, config: Config, pipe) -> None:
     """A process: a round for every line read, answered by (seconds of training, of evaluation, peak MB)."""
     if name in "abd":
-        feddip_lite.federation.keep_freed_memory = lambda: None
+        setup.keep_freed_memory = lambda: None
     it = CONTENDERS[name[0]](config)
     cuda = config.device.startswith("cuda")
 
@@ -103,19 +93,19 @@ def _summary(rows: list[tuple]) -> dict:
     return {"train_s": spread(train), "evaluate_s": spread(evaluate), "total_s": spread(total), "peak_mb": max(peak)}
 
 
-def main() -> None:
-    """Measure the cases asked for and print, or record, the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated, of: " + ", ".join(CASES))
     parser.add_argument("--contenders", default="a,b,c,d,d+", help="comma-separated, of: a,b,c,d,d+")
     parser.add_argument("--repeats", type=int, help="counted rounds of each contender")
     parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bf16"])
-    parser.add_argument("--write", action="store_true", help="record benchmarks/engine_<device>.json")
-    given = parser.parse_args()
-    table = {}
+
+
+def record(given: argparse.Namespace) -> dict:
+    """The table of the cases asked for; one that needs a GPU is left out on a CPU, unless it is asked for by name."""
+    table, everything = {}, given.cases == ",".join(CASES)
     for name in given.cases.split(","):
-        if name in NEEDS_GPU and given.device == "cpu" and given.cases == parser.get_default("cases"):
+        if name in NEEDS_GPU and given.device == "cpu" and everything:
             continue
         settings, counted = CASES[name]
         counted = {way: given.repeats or counted[way] for way in given.contenders.split(",")}
@@ -124,11 +114,4 @@ def main() -> None:
         table[name] = measure(config, counted)
         table[name]["settings"] = settings
     facts = provenance(torch.device(given.device), torch.get_num_threads(), precision=given.precision)
-    text = json.dumps(plain({"table": table, "provenance": facts}), indent=1)
-    print(text)
-    if given.write:
-        (HERE / f"engine_{given.device}.json").write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {"table": table, "provenance": facts}

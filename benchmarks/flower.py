@@ -1,9 +1,7 @@
 """What Flower costs: seconds per round in one process and on its simulation, for messages of LeNet-5 and AlexNet.
 
-    python benchmarks/flower.py [--models lenet5 alexnet] [--rounds 20] [--clients 50] [--write]
-
 FedAvg on digits, dense messages both ways, five clients per round with one local step each: what is compared is the
-engine, not training. `--write` records benchmarks/flower_cpu.json.
+engine, not training.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from feddip_lite import Config
 from feddip_lite.flower.parity import HERE
 from feddip_lite.flower.processes import Federation
 from feddip_lite.records.provenance import provenance
-from feddip_lite.records.store import plain, read_run
+from feddip_lite.records.store import read_run
 from feddip_lite.train.run import run
 
 PLACES = (HERE, "simulation")
@@ -40,14 +38,13 @@ def measure(config: Config, place: str, folder: Path) -> dict:
     return {"model": config.model, "place": place, "rounds": config.rounds, "seconds": spread, **sent}
 
 
-def main() -> None:
-    """Measure each model in each place, print and record the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["lenet5", "alexnet"])
     parser.add_argument("--rounds", type=int, default=20, help="at least 2")
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--write", action="store_true", help="record benchmarks/flower_cpu.json")
-    given = parser.parse_args()
+
+
+def record(given: argparse.Namespace) -> dict:
     rows = []
     for model in given.models:
         config = Config(model=model, rounds=given.rounds, clients=given.clients, **SETTINGS)
@@ -55,11 +52,4 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(config, place, Path(folder)))
             print(json.dumps(rows[-1]), flush=True)
-    facts = provenance(torch.device("cpu"), torch.get_num_threads(), clients=given.clients)
-    if given.write:
-        text = json.dumps(plain({"rows": rows, "provenance": facts}), indent=1)
-        (Path(__file__).parent / "flower_cpu.json").write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {"rows": rows, "provenance": provenance(torch.device("cpu"), torch.get_num_threads(), clients=given.clients)}

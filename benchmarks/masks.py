@@ -1,17 +1,14 @@
-"""What it costs the server to choose a mask and to code it, at AlexNet's size: `python benchmarks/masks.py [--write]`.
+"""What it costs the server to choose a mask and to code it, at AlexNet's size.
 
 A pruning event chooses the top of |w|, finds the indices of the kept weights and codes the mask for the download; it
 happens every R = 5 rounds. Weights are those of an initialised AlexNet under a little noise.
-`--write` records benchmarks/masks_cpu.json, from which a line of the README is made.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
@@ -25,7 +22,6 @@ from feddip_lite.train.run import running
 
 INTERVAL = 5  # rounds between pruning events (FedDIP's R)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-REPEATS = 5
 
 
 def event(scores: torch.Tensor, sparsity: float) -> dict[str, float]:
@@ -41,11 +37,11 @@ def event(scores: torch.Tensor, sparsity: float) -> dict[str, float]:
     return {"choose_s": choose, "index_s": index, "code_s": code, "mask_bytes": size}
 
 
-def main() -> None:
-    """Measure every sparsity, print and record the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="record benchmarks/masks_cpu.json")
-    given = parser.parse_args()
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="events of each sparsity")
+
+
+def record(given: argparse.Namespace) -> dict:
     module = build_model("alexnet", classes=10, width=1.0, channels=3, size=32, seed=0)
     layout, rows = Layout.of(module, image_shape=(3, 32, 32)), []
     parameters = {name: value.detach().flatten() for name, value in module.named_parameters()}
@@ -54,17 +50,11 @@ def main() -> None:
     with running(Config()):
         for sparsity in SPARSITIES:
             each = []
-            for _ in range(REPEATS):
+            for _ in range(given.repeats):
                 noise = torch.randn(len(weights), generator=draw) * weights.std() / 10
                 each.append(event((weights + noise).abs(), sparsity))
             row = {name: statistics.median(one[name] for one in each) for name in each[0]}
             total = row["choose_s"] + row["index_s"] + row["code_s"]
             rows.append({"prunable": layout.prunable, "sparsity": sparsity, **row, "per_round_s": total / INTERVAL})
             print(rows[-1], flush=True)
-    if given.write:
-        text = json.dumps({"rows": rows, "provenance": provenance(torch.device("cpu"), 1)}, indent=1)
-        (Path(__file__).parent / "masks_cpu.json").write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return {"rows": rows, "provenance": provenance(torch.device("cpu"), 1)}

@@ -225,11 +225,11 @@ def model(layout) -> FlatModel:
 
 @pytest.fixture
 def federation():
-    """`federation(config)` is `prepare(config)`, and its threads end with the test."""
+    """`federation` is `prepare`, and its threads end with the test."""
     opened = []
 
-    def make(config: Config):
-        state, clients, method = prepare(config)
+    def make(config: Config, *deal):
+        state, clients, method = prepare(config, *deal)
         opened.append(clients.workers)
         return state, clients, method
 

@@ -123,7 +123,7 @@ def bound(root: Path) -> Named:
 
 
 def cost(root: Path) -> Named:
-    """Bytes of the recorded runs; latency and size of pruned models as `benchmarks/cost.py` measured them."""
+    """Bytes of the recorded runs; latency and size of pruned models as `python -m benchmarks cost` measured them."""
     runs = main_runs("lite", root / "results").get("lenet5_fashionmnist")
     if runs is not None:
         even = runs[runs["split"] == splits(runs)[0]]

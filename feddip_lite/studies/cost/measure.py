@@ -2,7 +2,7 @@
 
 `trained` makes a pruned model, `untouched` one that has its mask; `sizes` counts and weighs it, `layer_rows` and
 `inference_rows` time it.
-`benchmarks/cost.py` records them, notebook 09 takes a few afresh. Read before: `count.py`; after: `client.py`
+`python -m benchmarks cost` records them, notebook 09 takes a few afresh. Read before: `count.py`; after: `client.py`
 (training), `tables.py`.
 """
 
