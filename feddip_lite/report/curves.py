@@ -144,8 +144,7 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
         style.log_ticks(panel.xaxis)
         bar = own.groupby("label").size().max() < 3 and _seed_bar(panel, every[every["split"] == split])
         pending.append((panel, points))
-    shown = {name: style.FAMILY_COLOURS[name][0] for name in FAMILIES if name in set(runs["method"].map(family_of))}
-    style.legend(figure, {name: {"color": colour, "marker": "o", "ls": "none"} for name, colour in shown.items()})
+    style.family_legend(figure, [name for name in FAMILIES if name in set(runs["method"].map(family_of))])
     words = "hollow: a preset or form of a method; dotted: the methods that none beats in both"
     words += "; grey bar: 95 % interval of FedDIP over its seeds" * bool(bar)
     seeds = counted(title, runs.groupby(["split", "label"]).size())

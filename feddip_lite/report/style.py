@@ -22,6 +22,7 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -163,6 +164,17 @@ def legend(place: Figure | Axes, looks: Mapping[str, Mapping], **where) -> None:
     handles = [Line2D([], [], label=name, **{"markeredgecolor": "white", **look}) for name, look in looks.items()]
     columns = max(1, min(4, 130 // (max(map(len, looks), default=0) + 12)))
     place.legend(handles=handles, **(where or {"loc": "outside lower center", "ncols": columns}))
+
+
+def family_legend(figure: Figure, families: Sequence[str]) -> None:
+    """Below all panels, which colours the methods of a family have."""
+    dots = {
+        name: [Line2D([], [], color=own, marker="o", ls="none") for own in FAMILY_COLOURS[name]] for name in families
+    }
+    handles = [tuple(own) for own in dots.values()]
+    together = {tuple: HandlerTuple(ndivide=None, pad=0.2)}
+    where = {"loc": "outside lower center", "ncols": len(families), "handlelength": 4}
+    figure.legend(handles, list(dots), handler_map=together, **where)
 
 
 def headed(figure: Figure, *words: str) -> None:
