@@ -84,7 +84,7 @@ def _briefly(runs: pd.DataFrame) -> str:
 
 
 def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:
-    """`anatomy.across_seeds` of whole masks as claims read it: a pair stands for a seed, a sparsity for a partition."""
+    """`layers.across_seeds` of whole masks as claims read it: a pair stands for a seed, a sparsity for a partition."""
     pairs = across_seeds(folder, swept)
     whole = pairs[pairs["layer"] == "all"].rename(columns={"seeds": "seed"})
     names = [f"s = {target:g}" for target in whole["target_sparsity"]]
