@@ -1,6 +1,7 @@
 """Laws of the adapter to Flower, on a grid of one process (flower_grid.py): no network, no other processes."""
 
 import copy
+import importlib
 import json
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from feddip_lite.flower import client as flower_client  # noqa: E402
 from feddip_lite.flower import server as flower  # noqa: E402
 from feddip_lite.flower.link import TOKEN, Unreachable, token_of  # noqa: E402
+from feddip_lite.flower.processes import APP  # noqa: E402
 
 THREE = {"fedavg": {}, "feddip": {}, "feddst": {"preset": "repo", "mask_interval": 1}}
 FEDDST = {"method": "feddst", **THREE["feddst"]}
@@ -37,6 +39,13 @@ def inside_a_run(monkeypatch):
 
 def same(one, other) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("weights", "buffers", "mask"))
+
+
+@pytest.mark.parametrize("name", ["server_app", "client_app", "strategy", "dataset", "model", "utils"])
+def test_the_apps_files_can_be_imported_as_flower_does(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(APP))
+    module = importlib.import_module(f"feddip_app.{name}")
+    assert hasattr(module, "app") or all(hasattr(module, public) for public in module.__all__)
 
 
 @pytest.mark.parametrize("method", THREE)
