@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from numpy.typing import ArrayLike
 
 from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.sparsity import num_kept, topk_mask
@@ -96,8 +97,10 @@ def before_after_pruning(sizes: Sequence[int] = (5, 6, 6, 3), sparsity: float = 
 
 
 @styled
-def matrices(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Small matrices with their numbers; pruned entries (mask False) are grey. Values: {title: (matrix, mask)}."""
+def matrices(panels: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
+    """Small matrices with their numbers; pruned entries (mask False) are grey. Values: {title: (matrix, mask)}, arrays
+    or tensors on the CPU."""
+    panels = {title: (np.asarray(matrix), np.asarray(mask)) for title, (matrix, mask) in panels.items()}
     figure, axes = grid(1, len(panels), 2.6, 2.9 * len(panels))
     colours = LinearSegmentedColormap.from_list("weights", ["#56b4e9", "#ffffff", "#e69f00"])
     largest = max(float(np.abs(matrix).max()) for matrix, _ in panels.values())

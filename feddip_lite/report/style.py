@@ -222,6 +222,8 @@ def over_seeds(
     """
     names = [name for name in looks if name in set(data["name"])]
     same = {"data": data, "x": x, "y": y, "hue": "name", "hue_order": names, "legend": False, "ax": panel, **more}
+    if not names:
+        return
     apart = 0.8 * (1 - 1 / len(names))  # as a stripplot's
     if joined and len(names) > 1 and data.groupby(["name", x]).size().min() >= 3:
         apart = 0.2

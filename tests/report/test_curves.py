@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import FAST, tiny_config
 from matplotlib.collections import PolyCollection
 
@@ -214,9 +215,10 @@ def test_drawing_leaves_the_style_of_matplotlib_alone():
     assert dict(plt.rcParams) == before
 
 
-def test_a_pruned_entry_of_a_matrix_is_left_blank():
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_pruned_entry_of_a_matrix_is_left_blank(kind):
     mask = np.eye(3, dtype=bool)
-    image = diagrams.matrices({"m": (np.ones((3, 3)), mask)}).axes[0].collections[0].get_array()
+    image = diagrams.matrices({"m": (kind(np.ones((3, 3))), kind(mask))}).axes[0].collections[0].get_array()
     assert np.array_equal(~image.mask, mask)
 
 
