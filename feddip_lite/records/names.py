@@ -110,7 +110,8 @@ def _split(row: pd.Series) -> str:
 
 
 def setting_of(row: pd.Series) -> str:
-    usual = asdict(Config()) | {"initial_lr": Config().lr, "lr_decay": _usual_decay(row["rounds"])}
+    decay = 0.998 ** (1000 / row["rounds"])  # the authors' 0.998 per round of 1000, in T rounds
+    usual = asdict(Config()) | {"initial_lr": Config().lr, "lr_decay": decay}
     words = [NAMES.get(row["dataset"], row["dataset"]), NAMES.get(row["model"], row["model"])]
     words += [f"T = {row['rounds']} rounds", f"{row['clients_per_round']} of {row['clients']} clients per round"]
     words += [f"target sparsity {row['target_sparsity']:g}"]
@@ -120,11 +121,6 @@ def setting_of(row: pd.Series) -> str:
 
 def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _usual_decay(rounds: int) -> float:
-    """The authors' 0.998 per round of 1000, in T rounds."""
-    return 0.998 ** (1000 / rounds)
 
 
 def _differs(value, usual) -> bool:

@@ -1,8 +1,9 @@
 """The server: all rounds of one run; see `feddip_lite.flower`."""
 
-from feddip_lite.strategy import serve
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+
+from .strategy import serve
 
 app = ServerApp()
 
