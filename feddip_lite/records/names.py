@@ -45,8 +45,6 @@ SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
 SHARED = [name for name in _FIELDS if name not in _ALONE]
-
-
 _IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity"}
 ADDED = ("label", "split", "setting", "changed", "mib")
 """The columns that `describe` adds."""

@@ -13,20 +13,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import Config
 from ..core.flat import FlatModel
 from ..core.models import Dropout
 from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import derive, torch_generator
 from ..data.datasets import Dataset, crop, draw_crops, normalise
-
-if TYPE_CHECKING:
-    from ..config import Config
 
 PIECE = 2**17  # weights; four vectors of this length fit into a core's cache
 

@@ -1,4 +1,4 @@
-"""What a node does with a message; see `feddip_lite.flower_client`."""
+"""What a node does with a message; see `feddip_lite.flower.client`."""
 
 from flwr.clientapp import ClientApp
 
