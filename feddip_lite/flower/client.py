@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from importlib import import_module
 from pathlib import Path
 
@@ -37,32 +37,32 @@ from ..train.setup import prepare
 from .wire import TOKEN, pack, received, typed, unpack
 
 
-def query(envelope: Envelope, context: Context) -> Envelope:
+def answering(work: Callable[[Envelope, Context], RecordDict]) -> Callable[[Envelope, Context], Envelope]:
+    """`work`, whose content is sent back. What goes wrong in it is told to the server in words, never hidden."""
+
+    @wraps(work)
+    def answer(envelope: Envelope, context: Context) -> Envelope:
+        try:
+            content = work(envelope, context)
+        except (Exception, SystemExit) as error:
+            content = pack({"failure": f"{type(error).__name__}: {error}"})
+        return Envelope(content, reply_to=envelope)
+
+    return answer
+
+
+@answering
+def query(envelope: Envelope, context: Context) -> RecordDict:
     """Who this client is, for the server to check: its number, samples, and the SHA-256 of its data."""
-    return _answer(envelope, lambda: pack(_identity(context)))
-
-
-def train(envelope: Envelope, context: Context) -> Envelope:
-    """One client's part of a round. What goes wrong here is told to the server in words, never hidden."""
-    return _answer(envelope, lambda: _trained(envelope, context))
-
-
-def _answer(envelope: Envelope, work: Callable[[], RecordDict]) -> Envelope:
-    try:
-        content = work()
-    except (Exception, SystemExit) as error:
-        content = pack({"failure": f"{type(error).__name__}: {error}"})
-    return Envelope(content, reply_to=envelope)
-
-
-def _identity(context: Context) -> dict:
     config, client, (_, clients, _) = _site_of(context)
     split = "" if any(_source_of(context)) else clients.split_sha256
     about = {"client": client, "of": config.clients, "run": config.run_id, "version": __version__}
-    return {**about, "samples": len(clients.train[client]), "data": clients.data.sha256, "split": split}
+    return pack({**about, "samples": len(clients.train[client]), "data": clients.data.sha256, "split": split})
 
 
-def _trained(envelope: Envelope, context: Context) -> RecordDict:
+@answering
+def train(envelope: Envelope, context: Context) -> RecordDict:
+    """One client's part of a round."""
     config, client, (state, clients, method) = _site_of(context)
     words, payload = unpack(envelope.content)
     t, token = typed(words, "round", int), typed(words, TOKEN, str)

@@ -37,9 +37,8 @@ def side_by_side(configs: Sequence[Config], folder: Path, places: Sequence[str] 
             with Federation(results / ".flower", configs[0].clients, place) as federation:
                 for config in missing:
                     federation.wait(federation.submit(config, results), TIME_LIMIT)
-        about = [{"method": config.method, "place": place} for config in configs]
-        prints = [fingerprint(results, config.run_id) for config in configs]
-        rows += [{**words, **found} for words, found in zip(about, prints, strict=True)]
+        for config in configs:
+            rows.append({"method": config.method, "place": place, **fingerprint(results, config.run_id)})
     return pd.DataFrame(rows)
 
 

@@ -178,7 +178,8 @@ class Federation:
                     f"time limit: the run did not end within {time_limit:g} s; the same command goes on"
                 )
             if time.monotonic() > asked + ASK_SECONDS:
-                if self._ended(run["number"]) and not run["outcome"].exists():
+                listed = json.loads(self.flwr("list", "own", "--run-id", run["number"], "--format", "json"))["runs"]
+                if listed[0]["status"].startswith("finished") and not run["outcome"].exists():
                     raise ClientFailure(f"the server app ended without a result; see {self.home}/superlink.log")
                 asked = time.monotonic()
             time.sleep(0.2)
@@ -187,10 +188,6 @@ class Federation:
             raise (ValueError if said["status"] == 2 else ClientFailure)(said["line"])
         if not read_run(run["results"], run["config"].run_id):
             raise ClientFailure(f"the server app says that the run is done, but {run['results']} does not hold it")
-
-    def _ended(self, number: str) -> bool:
-        runs = json.loads(self.flwr("list", "own", "--run-id", number, "--format", "json"))["runs"]
-        return runs[0]["status"].startswith("finished")
 
     def flwr(self, *words: str) -> str:
         """The output of a command of Flower's. Raises ClientFailure with its last line if it fails."""

@@ -58,10 +58,10 @@ def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFram
     for name, config in first.items():
         settings = asdict(config.resolved())
         setting = setting_of(pd.Series(settings | {"initial_lr": settings["lr"]}))
-        alike = results[(results["setting"] == setting) & results["changed"].isin(FORMS)]
+        alike = results[results["setting"] == setting]
         if NAMES["feddip"] not in set(alike["label"]):
-            alike = shared_start(results[results["setting"] == setting])
-            alike = alike[alike["changed"].isin(FORMS)]
+            alike = shared_start(alike)
+        alike = alike[alike["changed"].isin(FORMS)]
         if alike["method"].nunique() > 1:
             found[name] = alike
     return found

@@ -11,7 +11,6 @@ other in `values` and `buffers`, with their shapes, and says how many are prunab
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core.flat import Layout, Slot
+from ..core.flat import Layout
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,12 @@ def model_file(layout: Layout, weights: Tensor, mask: Tensor, buffers: Tensor) -
         tensors = {"values": layout.pack(weights, mask), "mask": torch.from_numpy(np.packbits(mask.numpy()))}
     if len(buffers):
         tensors["buffers"] = buffers.contiguous()
-    described = {"tensors": _described(layout.slots), "statistics": _described(layout.buffer_slots)}
-    return save(tensors, {"layout": json.dumps({**described, "prunable": layout.num_prunable})})
+    told = {
+        "tensors": [(slot.name, slot.shape) for slot in layout.slots],
+        "statistics": [(slot.name, slot.shape) for slot in layout.buffer_slots],
+        "prunable": layout.num_prunable,
+    }
+    return save(tensors, {"layout": json.dumps(told)})
 
 
 def read_model_file(path) -> KeptModel:
@@ -65,7 +68,7 @@ def read_model_file(path) -> KeptModel:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             told = json.loads(file.metadata()["layout"])
-        layout = Layout.placed(_parts(told["tensors"]), told["prunable"], _parts(told["statistics"]))
+        layout = Layout.placed(told["tensors"], told["prunable"], told["statistics"])
         mask = torch.ones(layout.prunable, dtype=torch.bool)
         if "mask" in stored:
             mask = torch.from_numpy(np.unpackbits(stored["mask"].numpy(), count=layout.prunable).view(np.bool_))
@@ -75,11 +78,3 @@ def read_model_file(path) -> KeptModel:
         raise
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged, or not the model of a recorded run ({error})") from error
-
-
-def _described(slots: Sequence[Slot]) -> list[list]:
-    return [[slot.name, list(slot.shape)] for slot in slots]
-
-
-def _parts(described: list) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(shape)) for name, shape in described]

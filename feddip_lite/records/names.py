@@ -45,8 +45,6 @@ SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
 SHARED = [name for name in _FIELDS if name not in _ALONE]
-
-
 _IN_WORDS = {"dataset", "model", "rounds", "clients", "clients_per_round", "target_sparsity"}
 ADDED = ("label", "split", "setting", "changed", "mib")
 """The columns that `describe` adds."""
@@ -110,7 +108,8 @@ def _split(row: pd.Series) -> str:
 
 
 def setting_of(row: pd.Series) -> str:
-    usual = asdict(Config()) | {"initial_lr": Config().lr, "lr_decay": _usual_decay(row["rounds"])}
+    decay = 0.998 ** (1000 / row["rounds"])  # the authors' 0.998 per round of 1000, in T rounds
+    usual = asdict(Config()) | {"initial_lr": Config().lr, "lr_decay": decay}
     words = [NAMES.get(row["dataset"], row["dataset"]), NAMES.get(row["model"], row["model"])]
     words += [f"T = {row['rounds']} rounds", f"{row['clients_per_round']} of {row['clients']} clients per round"]
     words += [f"target sparsity {row['target_sparsity']:g}"]
@@ -120,11 +119,6 @@ def setting_of(row: pd.Series) -> str:
 
 def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _usual_decay(rounds: int) -> float:
-    """The authors' 0.998 per round of 1000, in T rounds."""
-    return 0.998 ** (1000 / rounds)
 
 
 def _differs(value, usual) -> bool:

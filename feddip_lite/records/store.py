@@ -78,8 +78,6 @@ def run_lock(folder: Path, run_id: str, wait: bool = True):
         Held: another process has the lock, and `wait` is False.
     """
     lock = FileLock(folder / ".locks" / f"{run_id}.lock")
-    lock_path = Path(lock.lock_file)
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

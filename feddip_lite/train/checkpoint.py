@@ -22,6 +22,7 @@ from .round import RoundRecord
 
 MAGIC = b"feddip_lite checkpoint 2\n"
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
+_REST = ("rows", "up_bytes", "down_bytes", "regrown", "skipped", "wall_seconds", "train_loss", "observed")
 
 
 class Checkpoints(Observer):
@@ -95,6 +96,3 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
 def _identity(config: Config) -> str:
     values = {key: value for key, value in asdict(config.resolved()).items() if key not in UNHASHED}
     return json.dumps(values, sort_keys=True)
-
-
-_REST = ("rows", "up_bytes", "down_bytes", "regrown", "skipped", "wall_seconds", "train_loss", "observed")

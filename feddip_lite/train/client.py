@@ -12,21 +12,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import Config
 from ..core.flat import FlatModel
 from ..core.models import Dropout
 from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import derive, torch_generator
 from ..data.datasets import Dataset, crop, draw_crops, normalise
-
-if TYPE_CHECKING:
-    from ..config import Config
 
 PIECE = 2**17  # weights; four vectors of this length fit into a core's cache
 
@@ -66,7 +63,8 @@ def local_update(
             raise TimeoutError(f"local training took longer than client_timeout = {config.client_timeout} s")
         sizes.append(len(labels))
         if plan.mode != "train":
-            losses.append(_loss(model, images, labels))
+            with torch.no_grad():
+                losses.append(F.cross_entropy(model.kernels.logits(images), labels))
             continue
         losses.append(model.kernels.loss_and_gradient(images, labels))
         if plan.dense_statistics:
@@ -127,26 +125,18 @@ def _pieces(model: FlatModel, w: Tensor, mask: Tensor | None) -> list[tuple[Tens
     come from memory once instead of five times.
     """
     length = PIECE if w.device.type == "cpu" else len(w)
-    prunable = 0 if mask is None else model.layout.prunable
-    ranges = [(start, min(start + length, prunable)) for start in range(0, prunable, length)]
-    ranges += [(start, min(start + length, len(w))) for start in range(prunable, len(w), length)]
-    vectors = (w, model.gradient, model.weights)
-    return [(*(v[a:b] for v in vectors), mask[a:b] if b <= prunable else None) for a, b in ranges]
+    masks = () if mask is None else mask.split(length)
+    prunable = sum(map(len, masks))
+    vectors = [v[:prunable].split(length) + v[prunable:].split(length) for v in (w, model.gradient, model.weights)]
+    return list(zip_longest(*vectors, masks))
 
 
 def _mean_loss(losses: list[Tensor], sizes: list[int], weights: Tensor) -> tuple[Tensor, Tensor]:
     """(losses (steps,), their mean over samples in float64), on the device of `weights`; NaN without any."""
     if not losses:
         return weights.new_zeros(0), weights.new_full((), float("nan"), dtype=torch.float64)
-    each = torch.stack(losses)
-    return each, each.double() @ torch.tensor(sizes, dtype=torch.float64).to(each.device, non_blocking=True) / sum(
-        sizes
-    )
-
-
-def _loss(model: FlatModel, images: Tensor, labels: Tensor) -> Tensor:
-    with torch.no_grad():
-        return F.cross_entropy(model.kernels.logits(images), labels)
+    each, counts = torch.stack(losses), torch.tensor(sizes, dtype=torch.float64)
+    return each, each.double() @ counts.to(weights.device, non_blocking=True) / sum(sizes)
 
 
 def _with_gradient(result: LocalResult, model: FlatModel, batches: Iterator) -> LocalResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +18,15 @@ EVALUATION_CHUNK = 1024  # test samples per job; fixed, so that the bits do not 
 EVALUATION_BATCH = 128  # small batches stay in cache: LeNet-5 on two cores took 1.6 times as long with 1000 at a time
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Per test sample: cross-entropy `losses` (k,) float32 and `ranks` (k,) int64, the number of classes scored above
-    the true one (0 = correct; equal scores rank by class index)."""
-
-    losses: Tensor
-    ranks: Tensor
-
-
 def evaluate(
     model: FlatModel, weights: Tensor, mask: Tensor, buffers: Tensor, data: Dataset, indices: Tensor
-) -> Evaluation:
-    """Evaluate the sparse model w*m on `indices` of the test set, in evaluation mode."""
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the sparse model w*m on `indices` (k,) of the test set, in evaluation mode.
+
+    Returns:
+        Per sample: cross-entropy (k,) float32 and rank (k,) int64, the number of classes scored above the true one
+        (0 = correct; equal scores rank by class index).
+    """
     model.load(weights, mask, buffers)
     model.module.eval()
     losses, ranks = [], []
@@ -43,7 +38,7 @@ def evaluate(
             true = logits.gather(1, labels)
             earlier = torch.arange(logits.shape[1], device=logits.device) < labels
             ranks.append(((logits > true) | ((logits == true) & earlier)).sum(1))
-    return Evaluation(torch.cat(losses), torch.cat(ranks))
+    return torch.cat(losses), torch.cat(ranks)
 
 
 def evaluate_state(state: ServerState, clients: Clients) -> dict[str, float]:
@@ -58,11 +53,11 @@ def evaluate_state(state: ServerState, clients: Clients) -> dict[str, float]:
     everything = torch.arange(len(clients.data.test_labels), device=state.weights.device)
     model = (state.weights, state.mask, state.buffers, clients.data)
     jobs = [clients.workers.submit(evaluate, *model, chunk) for chunk in everything.split(EVALUATION_CHUNK)]
-    parts = [job.result() for job in jobs]
-    ranks = torch.cat([part.ranks for part in parts]).cpu()
-    loss = float(torch.cat([part.losses for part in parts]).double().mean())
+    losses, ranks = (torch.cat(parts) for parts in zip(*(job.result() for job in jobs), strict=True))
+    loss = float(losses.double().mean())
     if not math.isfinite(loss):
         raise Diverged(f"round {state.round - 1}: the global model's test loss is {loss}")
+    ranks = ranks.cpu()
     correct = (ranks == 0).double()
     own = [float(correct[shard.cpu()].mean()) for shard in clients.test if len(shard)]
     return {

@@ -39,7 +39,12 @@ class Recording:
 
     def save(self, run: Run, diverged: Mapping | None = None) -> None:
         """Record a run that has ended; one that broke down has `diverged`, {round, reason}, and leaves no model."""
-        left = {"diverged": diverged} if diverged else left_by(run.method.layout, run.state)
+        layout, state = run.method.layout, run.state
+        if diverged:
+            left = {"diverged": diverged}
+        else:
+            model = model_file(layout, state.weights, state.mask, state.buffers)
+            left = {"layers": layers_of(layout, state), "mask": state.mask, "model": model}
         save_run(self.folder, run.config, run.history(), facts_of(run), run.progress.skipped, **left)
 
 
@@ -59,12 +64,6 @@ def facts_of(run: Run) -> dict:
         },
         wall_seconds=run.progress.wall_seconds,
     )
-
-
-def left_by(layout: Layout, state: ServerState) -> dict:
-    """What a run leaves of its final state, as `save_run` takes it: layer by layer, the mask, the model's file."""
-    file = model_file(layout, state.weights, state.mask, state.buffers)
-    return {"layers": layers_of(layout, state), "mask": state.mask, "model": file}
 
 
 def layers_of(layout: Layout, state: ServerState) -> list[dict]:

@@ -58,11 +58,6 @@ def run(
     return execute(config, recording, [line, *observers], checkpoint_every=checkpoint_every)
 
 
-def here(clients: Clients, method: Method, config: Config) -> Clients:
-    """The clients in this process."""
-    return clients
-
-
 def execute(
     config: Config,
     recording: Recording | None,
@@ -70,7 +65,7 @@ def execute(
     *,
     checkpoint_every: int | None = None,
     deadline: float = math.inf,
-    connect: Callable[[Clients, Method, Config], Clients] = here,
+    connect: Callable[[Clients, Method, Config], Clients] = lambda clients, method, config: clients,
     suffix: str = "checkpoint",
     wait: bool = True,
 ) -> pd.DataFrame:

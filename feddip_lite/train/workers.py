@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, wait
+from itertools import count
 from queue import Empty, SimpleQueue
-from threading import Event, Lock
+from threading import Condition
 
 import torch
 
@@ -26,12 +26,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Job(Future):
-    """The future result of `function(model, *arguments)`; `model`, `thread` and `started` are known once it runs."""
+    """The future result of `function(model, *arguments)`; `model` and `started` are known once it runs."""
 
     def __init__(self, function: Callable, arguments: tuple):
         super().__init__()
         self.function, self.arguments = function, arguments
-        self.model, self.thread, self.started = None, None, None
+        self.model, self.started = None, None
 
 
 class Workers:
@@ -49,7 +49,7 @@ class Workers:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._turns = _Turns(self.slots)
         self._spare = spare
-        self._threads: set[threading.Thread] = set()
+        self._threads: dict[FlatModel, threading.Thread] = {}
         for model in models:
             self._start(model)
         weakref.finalize(self, self._jobs.put, None)  # the threads know the queue, not this object
@@ -82,14 +82,14 @@ class Workers:
                     job.cancel()
         except Empty:
             self._jobs.put(None)
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.join()
 
     def _start(self, model: FlatModel) -> None:
         model.pause = self._turns.hand_on
         # A daemon, so that a job that never ends does not keep the process from ending.
         thread = threading.Thread(target=_work, args=(self._jobs, self._turns, model), name="client", daemon=True)
-        self._threads.add(thread)
+        self._threads[model] = thread
         thread.start()
 
     def _give_up(self, job: Job, error: Exception) -> None:
@@ -98,7 +98,7 @@ class Workers:
         except InvalidStateError:  # it has just ended
             return
         job.model.pause = _stop
-        self._threads.discard(job.thread)
+        del self._threads[job.model]
         self._start(self._spare())
         self._turns.give()
 
@@ -110,7 +110,7 @@ def _work(jobs: SimpleQueue[Job | None], turns: _Turns, model: FlatModel) -> Non
         if not job.set_running_or_notify_cancel():
             continue
         turns.take()
-        job.model, job.thread, job.started = model, threading.current_thread(), time.monotonic()
+        job.model, job.started = model, time.monotonic()
         try:
             deliver, outcome = job.set_result, job.function(model, *job.arguments)
         except BaseException as error:
@@ -129,38 +129,27 @@ def _stop() -> None:
 
 
 class _Turns:
-    """`slots` threads at a time, first come first served (a semaphore would let the giver of a slot take it again)."""
+    """`slots` threads at a time, by ticket: first come first served, also when the giver of a slot wants it again."""
 
     def __init__(self, slots: int):
-        self._free, self._waiting, self._lock = slots, deque(), Lock()
+        self._tickets, self._admitted, self._change = count(), slots, Condition()
 
     def take(self) -> None:
         """Wait for a slot."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            mine = Event()
-            self._waiting.append(mine)
-        mine.wait()
+        with self._change:
+            mine = next(self._tickets)
+            self._change.wait_for(lambda: mine < self._admitted)
 
     def give(self) -> None:
         """Give this thread's slot to the one that has waited longest."""
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()
-            else:
-                self._free += 1
+        with self._change:
+            self._admitted += 1
+            self._change.notify_all()
 
     def hand_on(self) -> None:
         """Let the others have a turn, if any of them waits."""
-        with self._lock:
-            if not self._waiting:
-                return
-            self._waiting.popleft().set()
-            mine = Event()
-            self._waiting.append(mine)
-        mine.wait()
+        self.give()
+        self.take()
 
 
 def num_workers(setting: str | int, clients_per_round: int, device: torch.device) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """Laws of the processes behind `--on`: an honest end, in time, with nothing left. Flower's programs are played by
 scripts, so that nothing of Flower is needed; test_flower_machines.py has the real ones."""
 
+import ast
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -73,6 +75,13 @@ def test_the_app_has_the_files_of_a_flower_baseline_and_its_readme_the_defaults(
         module = empty_model(model, None, classes=classes, width=1.0, channels=channels, size=size, device="meta")
         count = sum(parameter.numel() for parameter in module.parameters())
         assert f"| {title} | {count:,} |".replace(",", " ") in readme
+
+
+def test_the_app_imports_what_is_there():
+    trees = [ast.parse(path.read_text()) for path in (APP / "feddip_app").glob("*.py")]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    ours = {node.module for node in imports if node.module.startswith("feddip_lite")}
+    assert ours and all(importlib.util.find_spec(name) for name in ours)
 
 
 @pytest.fixture

@@ -342,17 +342,17 @@ def test_evaluation_counts_the_classes_scored_above_the_true_one_in_evaluation_m
     weights, mask = random_vector(layout.size), random_bools(layout.prunable)
     buffers = torch.tensor([0.1, -0.2, 0.3, 1.0, 2.0, 0.5])
     indices = torch.tensor([3, 1, 19, 7])
-    result = evaluate(model, weights, mask, buffers, DATA, indices)
+    losses, ranks = evaluate(model, weights, mask, buffers, DATA, indices)
     plain = FlatModel(tiny_module(), layout)
     plain.load(layout.masked(weights, mask), None, buffers)
     logits = plain.module.eval()(normalise(DATA.test_images[indices], DATA)).detach()
     labels = DATA.test_labels[indices]
-    torch.testing.assert_close(result.losses, F.cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
     places = [sorted(row.tolist(), reverse=True).index(row[label]) for row, label in zip(logits, labels, strict=True)]
-    assert result.ranks.tolist() == places
+    assert ranks.tolist() == places
     assert torch.equal(model.buffers, buffers)
 
 
 def test_equal_scores_rank_by_class_index(model, layout):
-    result = evaluate(model, torch.zeros(layout.size), None, torch.ones(6), DATA, torch.arange(20))
-    assert torch.equal(result.ranks, DATA.test_labels)
+    _, ranks = evaluate(model, torch.zeros(layout.size), None, torch.ones(6), DATA, torch.arange(20))
+    assert torch.equal(ranks, DATA.test_labels)
