@@ -82,6 +82,7 @@ def connected(grid: Grid, timeouts: tuple[float, float], clients: Clients, metho
     Raises:
         Unreachable: it is not, in time, or not the right one.
     """
-    link = Link(grid, config, method.layout, clients, *timeouts)
+    join, reply = timeouts
+    link = Link(grid, config, method.layout, clients, join_timeout=join, reply_timeout=reply)
     link.join()
     return Remote(**{item.name: getattr(clients, item.name) for item in fields(clients)}, link=link)

@@ -78,10 +78,19 @@ def local_update(
             if plan.project and m is not None:
                 dense.mul_(m)
             torch.mul(dense, 1.0 if m is None else m, out=masked)
-    mean = _mean_loss(losses, sizes, w)
+    each, mean = _mean_loss(losses, sizes, w)
     if plan.dense_statistics:
         model.buffers.copy_(statistics)
-    result = LocalResult(w, model.buffers.clone(), plan.mask, len(indices), *mean, squares, client=client)
+    result = LocalResult(
+        weights=w,
+        buffers=model.buffers.clone(),
+        mask=plan.mask,
+        samples=len(indices),
+        losses=each,
+        loss=mean,
+        squared_gradients=squares,
+        client=client,
+    )
     if plan.final_gradient is not None:
         last = batches(1, purpose="final gradient")
         result = _with_gradient(result, model, last if plan.final_gradient == "epoch" else islice(last, 1))

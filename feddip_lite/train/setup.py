@@ -86,7 +86,9 @@ def prepare(
     models = [worker_model() for _ in range(count)]
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
-    return state, Clients(data.to(device), train, test, Workers(models, slots, worker_model), split.sha256), method
+    workers = Workers(models, slots, worker_model)
+    clients = Clients(data=data.to(device), train=train, test=test, workers=workers, split_sha256=split.sha256)
+    return state, clients, method
 
 
 def layout_of(module: nn.Module, config: Config, image_shape: tuple[int, int, int] | None = None) -> Layout:
@@ -149,7 +151,8 @@ def initial_state(method: Method, model: FlatModel) -> ServerState:
     """The state before round 0, from the model's initial weights and the method's first mask."""
     mask, memory = method.start()
     mask = mask.to(model.weights.device)
-    return method.begin(ServerState(0, model.weights.clone(), model.buffers.clone(), mask, memory))
+    state = ServerState(round=0, weights=model.weights.clone(), buffers=model.buffers.clone(), mask=mask, memory=memory)
+    return method.begin(state)
 
 
 def build_method(config: Config, layout: Layout, context: Context | None = None) -> Method:
