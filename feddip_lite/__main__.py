@@ -1,7 +1,5 @@
 """Headless use: `python -m feddip_lite run | sweep | doctor`. Bad input gives one line and exit status 2."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import signal
@@ -13,7 +11,7 @@ from pathlib import Path
 from . import doctor
 from .config import Config
 from .core.errors import FAILED, ClientFailure, Diverged, Held, OutOfTime, guarded, is_divergence
-from .core.settings import refuse_unknown
+from .core.settings import integer, real, refuse_unknown
 from .records.profiles import load_profile
 from .records.store import read_run
 from .train.observe import ProgressLine, progress_bar
@@ -52,7 +50,7 @@ def parser() -> Parser:
     for item in fields(Config):
         default = "{}" if item.name == "method_options" else str(item.default).lower()
         one.add_argument(
-            _flag(item.name), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
+            "--" + item.name.replace("_", "-"), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
             help=f"{item.metadata['doc']}: {item.metadata['check'].expected} (default {default})".replace("%", "%%"),
         )  # fmt: skip
     one.add_argument(
@@ -85,7 +83,9 @@ def _command(arguments: list[str] | None) -> int:
     given = parser().parse_args(arguments)
     if given.command == "doctor":
         return doctor.main()
-    every = None if given.checkpoint_every is None else _positive("--checkpoint-every", given.checkpoint_every, int)
+    every = given.checkpoint_every
+    if every is not None:
+        every = integer(1).require("--checkpoint-every", _value(every))
     return _run(given, every) if given.command == "run" else _sweep(given, every)
 
 
@@ -105,8 +105,9 @@ def _run(given: argparse.Namespace, every: int | None) -> int:
 
 
 def _sweep(given: argparse.Namespace, every: int | None) -> int:
-    limit = float("inf") if given.time_limit is None else _positive("--time-limit", given.time_limit, float)
-    deadline = time.monotonic() + limit
+    deadline = float("inf")
+    if given.time_limit is not None:
+        deadline = time.monotonic() + real("(0, inf)").require("--time-limit", _value(given.time_limit))
     configs = load_profile(given.profile)
     stored = [read_run(given.results, config.run_id) is not None for config in configs]
     done = sum(config.rounds for config, is_there in zip(configs, stored, strict=True) if is_there)
@@ -152,20 +153,6 @@ def _value(text: str):
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _positive(name: str, text: str, kind: type):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: {text!r} is not valid; expected a positive {'integer' if kind is int else 'number'}")
-    return value
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ The paper writes w, m in R^n, and so does this package. `Layout` says where each
 that a masked model is one multiplication and an SGD step two vector operations. Read next: `train/client.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class Layout:
     @classmethod
     def of(
         cls, module: nn.Module, *, image_shape: tuple[int, ...] | None = None, include_shortcut: bool = False
-    ) -> Layout:
+    ) -> Self:
         """The layout of `module`.
 
         Prunable are the weights of convolutions and linear layers; not biases, not BatchNorm, and not the 1x1
@@ -78,7 +77,7 @@ class Layout:
         num_prunable: int,
         buffers: Sequence[tuple[str, tuple[int, ...]]] = (),
         uses: Mapping[str, int] | None = None,
-    ) -> Layout:
+    ) -> Self:
         """The layout of these (name, shape) one after the other, of which the first `num_prunable` are prunable."""
         return cls(_place(tensors, uses or {}), num_prunable, _place(buffers, {}))
 

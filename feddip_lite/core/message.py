@@ -11,23 +11,18 @@ What a message means (packed or dense values, which extras) is agreed between a 
 Read next: `train/round.py`.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cache import once_per_tensor
-
-if TYPE_CHECKING:
-    from .flat import Layout
+from .flat import Layout
 
 _MAGIC, _VERSION = b"FDIP", 1
 _HEADER = struct.Struct("<4sBBHIII")
@@ -144,20 +139,6 @@ def _require(condition: bool, what_is_wrong: str) -> None:
         raise ValueError(f"message: {what_is_wrong}")
 
 
-def _read_extras(reader: _Reader, count: int) -> dict[str, Tensor]:
-    extras: dict[str, Tensor] = {}
-    previous = b""  # sorts before every name, so an empty name is refused too
-    for _ in range(count):
-        name = bytes(reader.take(reader.take(1, "name length")[0], "name of an extra"))
-        _require(name.isascii() and len(name) <= _MAX_NAME, f"name {name!r}, must be 1 to {_MAX_NAME} ASCII characters")
-        _require(name > previous, f"name {name!r} follows {previous!r}, must be in order and unique")
-        code, length = _EXTRA.unpack(reader.take(_EXTRA.size, f"extra {name!r}"))
-        _require(code < len(_DTYPES), f"extra {name!r} has dtype code {code}, must be below {len(_DTYPES)}")
-        extras[name.decode("ascii")] = reader.tensor(list(_DTYPES)[code], length, f"extra {name!r}")
-        previous = name
-    return extras
-
-
 class _Reader:
     """Hands out a view front to back, never more than there is."""
 
@@ -175,6 +156,20 @@ class _Reader:
         _require(dtype != torch.bool or not bytes(raw).strip(b"\0\1"), f"{what} is bool with bytes other than 0 and 1")
         # astype copies: memory of our own, writable, in this machine's byte order.
         return torch.from_numpy(np.frombuffer(raw, on_wire).astype(on_wire.newbyteorder("=")))
+
+
+def _read_extras(reader: _Reader, count: int) -> dict[str, Tensor]:
+    extras: dict[str, Tensor] = {}
+    previous = b""  # sorts before every name, so an empty name is refused too
+    for _ in range(count):
+        name = bytes(reader.take(reader.take(1, "name length")[0], "name of an extra"))
+        _require(name.isascii() and len(name) <= _MAX_NAME, f"name {name!r}, must be 1 to {_MAX_NAME} ASCII characters")
+        _require(name > previous, f"name {name!r} follows {previous!r}, must be in order and unique")
+        code, length = _EXTRA.unpack(reader.take(_EXTRA.size, f"extra {name!r}"))
+        _require(code < len(_DTYPES), f"extra {name!r} has dtype code {code}, must be below {len(_DTYPES)}")
+        extras[name.decode("ascii")] = reader.tensor(list(_DTYPES)[code], length, f"extra {name!r}")
+        previous = name
+    return extras
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

@@ -4,8 +4,6 @@ Shapes follow the authors' published code (datasets_models.py). At width 1: LeNe
 23 272 266 (10 classes), ResNet-18 11 220 132 (100 classes).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

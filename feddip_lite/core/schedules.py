@@ -1,7 +1,5 @@
 """Schedules: plain floats of the round index t = 0 .. rounds-1."""
 
-from __future__ import annotations
-
 import math
 
 

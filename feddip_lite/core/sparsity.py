@@ -4,8 +4,6 @@
 vector of length P, True = kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 

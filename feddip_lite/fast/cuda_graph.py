@@ -5,8 +5,6 @@ and writes fixed memory: batches are copied in, the weights are the model's flat
 gradient. Chosen by `choose.fastest_kernels` on CUDA devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

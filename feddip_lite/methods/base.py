@@ -5,8 +5,6 @@ A method is a frozen dataclass: its fields are its hyper-parameters, its hooks a
 `method_options`. `presets` holds what a preset changes. How each method passes through the hooks: docs/design.md.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """FedAvg and FedProx: dense training, dense exchange."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torch import Tensor

@@ -5,8 +5,6 @@ D13, D17), each choice is an option; `repo` takes the code's side and `memory` a
 (docs/deviations.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

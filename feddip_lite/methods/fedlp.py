@@ -1,7 +1,5 @@
 """FedLP: layers are dropped at random on their way up, or small clients hold only the first of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """FedSparsify: purge, merge, tune. `Global` purges the average at the server, `Local` each client its own model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,7 +1,5 @@
 """FedTiny: choose among coarsely pruned candidates by what clients measure, then refine the mask bit by bit."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 

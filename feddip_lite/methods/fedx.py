@@ -1,7 +1,5 @@
 """FedX: the server prunes what is irrelevant to its own reference images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """MPFL: clients agree on a mask by exchanging masks alone, then train the sparse model from the initial weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

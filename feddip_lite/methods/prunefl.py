@@ -1,7 +1,5 @@
 """PruneFL: keep the weights that promise the largest decrease of the loss per second of round time."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """PruneTrain: group lasso from the start drives groups of weights towards zero, and the weakest are removed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from math import log, sqrt
 

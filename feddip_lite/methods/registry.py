@@ -1,10 +1,7 @@
 """The methods by name. A new one is a class in a file of its own and a line here (or `METHODS["name"] = Class`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from ..core.settings import accepted, refuse_unknown
 from .base import Method
@@ -20,9 +17,6 @@ from .mpfl import MPFL
 from .prunefl import PruneFL
 from .prunetrain import PruneTrain
 from .snip import SNIP
-
-if TYPE_CHECKING:
-    pass
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,

@@ -1,7 +1,5 @@
 """SNIP: one mask before training, by connection sensitivity |w * dloss/dw|."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
