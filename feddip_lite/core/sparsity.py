@@ -95,12 +95,14 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(scores.numpy(), k))[k]
 
 
-def nested_mask(mask: Tensor, scores: Tensor, keep: int) -> Tensor:
+def nested_mask(mask: Tensor | None, scores: Tensor, keep: int) -> Tensor:
     """The mask of the `keep` largest scores among those that `mask` keeps; all of these where they are fewer.
 
     Args:
-        mask: (P,) bool; `scores`: (P,) >= 0.
+        mask: (P,) bool, None = all are kept; `scores`: (P,) >= 0.
     """
+    if mask is None:
+        return topk_mask(scores, keep)
     return topk_mask(scores.masked_fill(~mask, -1), keep) & mask
 
 

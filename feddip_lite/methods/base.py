@@ -141,6 +141,12 @@ class Method:
         vectors = (self.layout.unpack(r.values, state.mask if r.mask is None else r.mask) for r in ordered)
         return weighted_mean(vectors, replies)
 
+    def remembered(self, state: ServerState, mean: Tensor) -> Tensor:
+        """w + sum_n rho_n (w_n - w*m), (n,): what clients changed of what they were sent, added to the dense weights
+        that the server kept; `mean` (n,) is that of their weights."""
+        sent = self.layout.masked(state.weights, state.mask)
+        return (state.weights.double() + (mean.double() - sent.double())).float()
+
 
 def expect(reply: Message, **counts: int) -> None:
     """Refuse a reply that lacks one of these extras, or has another count of numbers in it; 0 = none is needed.

@@ -18,7 +18,7 @@ from ..core.seeds import derive
 from ..core.settings import flag, one_of, setting
 from ..core.sparsity import erk_densities, num_kept, random_mask, topk_mask
 from ..core.state import Memory
-from .base import About, Method, Replies, mean_buffers, message_of
+from .base import About, Method, Replies, message_of
 
 
 @dataclass(frozen=True)
@@ -106,17 +106,15 @@ class FedDP(Method):
         return t % self.mask_interval == 0
 
     def merge(self, state, replies: Replies, t: int):
-        dense = self.mean_weights(state, replies)
-        if self.server_memory:  # w <- w + sum_n rho_n (w_n - w*m): what clients changed, added to what was remembered
-            sent = self.layout.masked(state.weights, state.mask)
-            dense = (state.weights.double() + (dense.double() - sent.double())).float()
-        mask = state.mask
-        if self.chooses_mask(t):
-            source = dense if self.mask_source == "dense_average" else self.layout.masked(dense, mask)
-            sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
-            prunable = self.layout.prunable
-            mask = topk_mask(source[:prunable].abs(), num_kept(sparsity, prunable))
-        return replace(state, round=t + 1, weights=dense, buffers=mean_buffers(state, replies), mask=mask)
+        new = super().merge(state, replies, t)
+        if self.server_memory:
+            new = replace(new, weights=self.remembered(state, new.weights))
+        if not self.chooses_mask(t):
+            return new
+        source = new.weights if self.mask_source == "dense_average" else self.layout.masked(new.weights, new.mask)
+        sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
+        prunable = self.layout.prunable
+        return replace(new, mask=topk_mask(source[:prunable].abs(), num_kept(sparsity, prunable)))
 
 
 @dataclass(frozen=True)

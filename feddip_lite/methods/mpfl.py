@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..core.message import Message
@@ -50,7 +49,7 @@ class MPFL(Method):
         """M, with one round left for stage two if there are two."""
         return max(1, min(self.mask_rounds, self.rounds - 1))
 
-    def vote(self, mask: Tensor, scores: Tensor, t: int) -> Tensor:
+    def vote(self, mask: Tensor | None, scores: Tensor, t: int) -> Tensor:
         """The mask (P,) of stage one's round t, nested in `mask`, by `scores` (P,) >= 0."""
         done = t / (self.exchanges - 1) if self.exchanges > 1 else 1.0
         sparsity = self.initial_sparsity + (self.target_sparsity - self.initial_sparsity) * done
@@ -60,8 +59,7 @@ class MPFL(Method):
         if t >= self.exchanges:
             return super().reply(result, memory, t)
         magnitudes = result.weights[: self.layout.prunable].abs()
-        mask = torch.ones_like(magnitudes, dtype=torch.bool) if result.mask is None else result.mask
-        return Message(None, self.vote(mask, magnitudes, t), account_of(result)), memory
+        return Message(None, self.vote(result.mask, magnitudes, t), account_of(result)), memory
 
     def accept(self, state, reply: Message, t: int) -> None:
         if t >= self.exchanges:
