@@ -22,7 +22,10 @@ TERMINATED = 143
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest known word."""
+    """argparse with one-line errors that name the nearest known word; flags are written out."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise ValueError(message)
@@ -30,23 +33,16 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            refuse_unknown(
-                {unknown[0].partition("=")[0]: None},
-                self.commands[known.command]._option_string_actions,
-                "command line",
-            )
+            flags = self.commands[known.command]._option_string_actions
+            refuse_unknown([unknown[0].partition("=")[0]], flags, "command line")
         return known
 
 
 def parser() -> Parser:
     """The command line: a kebab-case flag for every field of `Config`."""
-    top = Parser(
-        prog="python -m feddip_lite", description="Federated pruning: FedDIP and its relatives.", allow_abbrev=False
-    )
+    top = Parser(prog="python -m feddip_lite", description="Federated pruning: FedDIP and its relatives.")
     commands = top.add_subparsers(dest="command", required=True, metavar="run | sweep | doctor")
-    one = commands.add_parser(
-        "run", help="one run, recorded; a run that is there already costs nothing", allow_abbrev=False
-    )
+    one = commands.add_parser("run", help="one run, recorded; a run that is there already costs nothing")
     for item in fields(Config):
         default = "{}" if item.name == "method_options" else str(item.default).lower()
         one.add_argument(
@@ -57,16 +53,14 @@ def parser() -> Parser:
         "--on", default="here", metavar="ENGINE",
         help="where clients are: here, or on Flower (simulation, deployment), with the extra feddip-lite[flower]",
     )  # fmt: skip
-    many = commands.add_parser("sweep", help="a queue of runs, params/*.yaml; resumable", allow_abbrev=False)
+    many = commands.add_parser("sweep", help="a queue of runs, params/*.yaml; resumable")
     many.add_argument("profile", help="a file such as params/lite.yaml")
     many.add_argument("--time-limit", metavar="SECONDS", help="stop after this time, keeping what was done")
     for command in (one, many):
         command.add_argument("--results", metavar="DIR", default="build/results", help="default: %(default)s")
         command.add_argument("--checkpoint-every", metavar="ROUNDS", help="default: at most one every 30 s")
         command.add_argument("--quiet", action="store_true", help="no progress")
-    check = commands.add_parser(
-        "doctor", help="versions, devices, data sets, disk: what works here", allow_abbrev=False
-    )
+    check = commands.add_parser("doctor", help="versions, devices, data sets, disk: what works here")
     top.commands = {"run": one, "sweep": many, "doctor": check}
     return top
 
@@ -112,7 +106,7 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
     stored = [read_run(given.results, config.run_id) is not None for config in configs]
     done = sum(config.rounds for config, is_there in zip(configs, stored, strict=True) if is_there)
     total = sum(config.rounds for config in configs)
-    diverged = 0
+    recording, diverged = Recording(Path(given.results)), 0
     with progress_bar(total, f"{sum(stored)}/{len(configs)} runs", initial=done, show=not given.quiet) as bar:
         for number, (config, is_there) in enumerate(zip(configs, stored, strict=True), 1):
             bar.set_description_str(f"run {number}/{len(configs)} {config.run_id}")
@@ -120,12 +114,7 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
                 if time.monotonic() > deadline and not is_there:
                     raise OutOfTime(f"{config.run_id}: not started")
                 history = execute(
-                    config,
-                    Recording(Path(given.results)),
-                    [ProgressLine(bar)],
-                    checkpoint_every=every,
-                    deadline=deadline,
-                    wait=False,
+                    config, recording, [ProgressLine(bar)], checkpoint_every=every, deadline=deadline, wait=False
                 )
                 said = f"{config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}"
             except OutOfTime as stop:

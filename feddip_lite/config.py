@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from .core.models import MODELS
-from .core.schedules import lr_at
 from .core.settings import Check, integer, key_of, one_of, real, refuse_unknown, setting, validate
 from .data.datasets import DATASETS
 from .methods.registry import METHODS, resolved_options, settings_of
@@ -80,16 +79,10 @@ class Config:
 
     def __post_init__(self):
         validate(self)
-        if self.clients_per_round > self.clients:
-            raise ValueError(
-                f"clients_per_round: {self.clients_per_round} is not valid; expected an integer in "
-                f"[1, clients = {self.clients}]"
-            )
-        if self.initial_sparsity is not None and self.initial_sparsity > self.target_sparsity:
-            raise ValueError(
-                f"initial_sparsity: {self.initial_sparsity} is not valid; expected a number in "
-                f"[0, target_sparsity = {self.target_sparsity}]"
-            )
+        integer(1, self.clients).require("clients_per_round", self.clients_per_round, "clients")
+        if self.initial_sparsity is not None:
+            up_to_target = real(f"[0, {self.target_sparsity}]")
+            up_to_target.require("initial_sparsity", self.initial_sparsity, "target_sparsity")
         if (self.lr_schedule == "theory") != (self.smoothness is not None):
             raise ValueError(
                 f"smoothness: {self.smoothness} is not valid with lr_schedule = {self.lr_schedule!r}; expected a "
@@ -123,8 +116,11 @@ class Config:
         return replace(self, **filled, method_options=options)
 
     def lr_at(self, t: int) -> float:
-        """Learning rate of round t under this configuration's schedule."""
-        return lr_at(t, lr=self.lr, decay=self.lr_decay, schedule=self.lr_schedule, smoothness=self.smoothness)
+        """Learning rate of round t: `exponential` is lr * lr_decay^t, `theory` is 1 / ((t + 1) * smoothness).
+
+        The second is the convergence theorem's setting (slides, Eq. 4), whose rounds count from 1.
+        """
+        return 1 / ((t + 1) * self.smoothness) if self.lr_schedule == "theory" else self.lr * self.lr_decay**t
 
     @property
     def run_id(self) -> str:

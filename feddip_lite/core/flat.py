@@ -97,11 +97,6 @@ class Layout:
         return self.slots[: self.num_prunable]
 
     @property
-    def weight_slots(self) -> tuple[Slot, ...]:
-        """The slots of all weights of convolutions and linear layers: the prunable ones, then those that stay dense."""
-        return tuple(slot for slot in self.slots if len(slot.shape) > 1)
-
-    @property
     def buffer_size(self) -> int:
         """Length of the flat vector of BatchNorm running statistics (0 without BatchNorm)."""
         return self.buffer_slots[-1].stop if self.buffer_slots else 0
@@ -149,10 +144,6 @@ class Layout:
         return weights
 
 
-def _go_on() -> None:
-    """Nobody else is waiting."""
-
-
 @once_per_tensor
 def kept_indices(mask: Tensor) -> Tensor:
     """The coordinates that `mask` (P,) bool keeps: int64 (kept,), ascending."""
@@ -184,7 +175,7 @@ class FlatModel:
             owner, _, name = slot.name.rpartition(".")
             setattr(module.get_submodule(owner), name, slot.of(self.buffers))
         self.kernels = Autograd(self.module, self.gradient)
-        self.pause = _go_on
+        self.pause = lambda: None
 
     def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
         """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""

@@ -16,13 +16,16 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cache import once_per_tensor
-from .flat import Layout
+
+if TYPE_CHECKING:
+    from .flat import Layout
 
 _MAGIC, _VERSION = b"FDIP", 1
 _HEADER = struct.Struct("<4sBBHIII")
@@ -100,7 +103,7 @@ def encode(message: Message) -> bytes:
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def decode(data: bytes, layout: Layout) -> Message:
+def decode(data: bytes, layout: "Layout") -> Message:
     """Reads what `encode` wrote, distrusting every byte; needs memory for no more than data and layout allow.
 
     Values and extras come back bit for bit (NaN too: finite checks are the server's), in writable CPU memory.

@@ -1,7 +1,7 @@
 """Settings that know their range: one line of declaration gives the default, the check, the help text and the error."""
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -22,15 +22,15 @@ class Check:
         """Completes "expected ..."."""
         return self.kind + ", ".join(self.names) + self.note
 
-    def require(self, name: str, value: Any) -> Any:
+    def require(self, name: str, value: Any, why: str = "") -> Any:
         """`value` in its canonical type.
 
         Raises:
-            ValueError: one line naming `name`, the value and the range, and of names the nearest.
+            ValueError: one line naming `name`, the value, the range and `why` it is so, and of names the nearest.
         """
         result = self.accept(value)
         if result is None:
-            hint = nearest(value, self.names)
+            hint = f" ({why})" * bool(why) + nearest(value, self.names)
             raise ValueError(f"{name}: {value!r} is not valid; expected {self.expected}{hint}")
         return result
 
@@ -106,8 +106,8 @@ def nearest(value: Any, names) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def refuse_unknown(given: Mapping[str, Any], known, what: str) -> None:
-    """Raise ValueError naming the first key of `given` that is not in `known`, and the nearest that is."""
+def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise ValueError naming the first of `given` that is not in `known`, and the nearest that is."""
     for key in given:
         if key not in known:
             listing = ", ".join(known) or "none"

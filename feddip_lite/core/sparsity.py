@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .flat import Layout
+from .settings import integer, real
 
 
 def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
@@ -31,8 +32,7 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     """
     if not shapes:
         raise ValueError("shapes: empty; at least one prunable tensor is needed")
-    if not 0 < density <= 1:
-        raise ValueError(f"density: {density} is out of range; expected a number in (0, 1]")
+    real("(0, 1]").require("density", density)
     sizes = [prod(shape) for shape in shapes]
     saturated: set[int] = set()
     while len(saturated) < len(sizes):
@@ -75,8 +75,7 @@ def topk_mask(scores: Tensor, keep: int) -> Tensor:
     Raises:
         ValueError: `keep` out of range, or a score is NaN.
     """
-    if not 0 <= keep <= len(scores):
-        raise ValueError(f"keep: {keep} is out of range; expected an integer in [0, {len(scores)}]")
+    integer(0, len(scores)).require("keep", keep)
     if scores.isnan().any():
         raise ValueError(f"scores: {int(scores.isnan().sum())} of {len(scores)} are NaN")
     if keep == 0:

@@ -12,12 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.settings import key_of
+from ..core.settings import integer, key_of
 from .files import KEYS, read_arrays
-from .partition import Split, partition_dirichlet, partition_iid, partition_pathological
-
-__all__ = ["DATASETS", "Dataset", "Split", "as_published", "augment", "crop", "draw_crops", "fit_images", "hold_out"]
-__all__ += ["load_dataset", "normalise", "partition_dirichlet", "partition_iid", "partition_pathological"]
 
 PAD = 4  # pixels around a CIFAR image before the random crop
 OFFSETS = 2 * PAD + 1
@@ -136,12 +132,8 @@ def fit_images(dataset: Dataset, channels: int, size: int) -> Dataset:
             unless it is one.
     """
     have, height, width = dataset.train_images.shape[1:]
-    if size < max(height, width):
-        raise ValueError(f"size must be at least {max(height, width)} for {dataset.name}, got {size!r}")
-    if channels != have and (have != 1 or channels < 1):
-        raise ValueError(
-            f"channels must be {have}{' or more' if have == 1 else ''} for {dataset.name}, got {channels!r}"
-        )
+    integer(max(height, width)).require("size", size, dataset.name)
+    integer(have, None if have == 1 else have).require("channels", channels, dataset.name)
     top, left = (size - height) // 2, (size - width) // 2
     border = (left, size - width - left, top, size - height - top)
 

@@ -6,7 +6,7 @@ itself is in `datasets.py`.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -112,11 +112,7 @@ def partition_pathological(
 
 
 def partition_dirichlet(
-    train_labels: np.ndarray,
-    test_labels: np.ndarray,
-    clients: int,
-    rng: np.random.Generator,
-    alpha: float = 0.5,
+    train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator, alpha: float = 0.5
 ) -> Split:
     """Split each class over the clients by proportions drawn from a symmetric Dirichlet distribution.
 
@@ -151,8 +147,7 @@ def _checked(train_labels, test_labels, clients) -> tuple[np.ndarray, np.ndarray
     for name, labels in (("train_labels", train_labels), ("test_labels", test_labels)):
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{name} must be a one-dimensional integer array, got {labels.dtype} {labels.shape}")
-    enough = replace(integer(1, len(train_labels)), note=" (the number of training samples)")
-    enough.require("clients", clients)
+    integer(1, len(train_labels)).require("clients", clients, "the number of training samples")
     return train_labels, test_labels
 
 

@@ -57,9 +57,8 @@ class CudaGraph:
     def _recorded(self, images: Tensor, labels: Tensor) -> Recording:
         fixed = images.clone(), labels.clone()
         buffers = self.model.buffers.clone()
-        dropouts = [layer for layer in self.model.module.modules() if isinstance(layer, Dropout)]
-        states = [layer.generator.get_state() for layer in dropouts]
-        generators = [layer.generator for layer in dropouts]
+        generators = [layer.generator for layer in self.model.module.modules() if isinstance(layer, Dropout)]
+        states = [generator.get_state() for generator in generators]
         loss, replay = self.record(lambda: self.eager.loss_and_gradient(*fixed), generators)
         self.model.buffers.copy_(buffers)  # recording ran the batch, which must leave no trace
         for generator, state in zip(generators, states, strict=True):

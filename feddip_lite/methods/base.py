@@ -155,7 +155,7 @@ def expect(reply: Message, **counts: int) -> None:
         ValueError: names the extra.
     """
     for name, count in counts.items():
-        there = len(reply.extras[name]) if name in reply.extras else 0
+        there = len(reply.extras.get(name, ()))
         if there != count:
             raise ValueError(f"the reply's {name}: {there} numbers; expected {count}")
 

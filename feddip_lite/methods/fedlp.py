@@ -57,10 +57,7 @@ class FedLP(Method):
         depths = self.context.depths if self.context else 0
         if not depths:
             raise ValueError("variant: 'hetero' is not valid with a model that names no stages to cut it after")
-        if self.preference > depths + 1:
-            raise ValueError(
-                f"preference: {self.preference} is not valid with this model; expected an integer in [0, {depths + 1}]"
-            )
+        integer(0, depths + 1).require("preference", self.preference, "this model's complexities; 0 = all alike")
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
@@ -155,8 +152,7 @@ class FedLP(Method):
         if "dropped" in reply.extras:
             expect(reply, dropped=len(self.tensors))
         sizes = [self.sizes(kept) for kept in self.parts_of(reply)]
-        statistics = len(reply.extras["buffers"]) if "buffers" in reply.extras else 0
-        found = None if reply.values is None else len(reply.values), statistics
+        found = None if reply.values is None else len(reply.values), len(reply.extras.get("buffers", ()))
         if found not in sizes:
             shown = " or ".join(f"{values} and {buffers}" for values, buffers in sizes)
             raise ValueError(f"values: {found[0]} of them, and {found[1]} buffers; expected {shown}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields
 
-from ..core.settings import accepted, refuse_unknown
+from ..core.settings import accepted, key_of, refuse_unknown
 from .base import Method
 from .fedavg import FedAvg, FedProx
 from .feddip import FedDIP, FedDP
@@ -44,9 +44,7 @@ def settings_of(name: str, preset: str) -> dict[str, object]:
         ValueError: the method has no such preset.
     """
     method = METHODS[name]
-    if preset not in method.presets:
-        known = ", ".join(method.presets)
-        raise ValueError(f"preset: {preset!r} is not valid for method {name}; expected one of {known}")
+    key_of(method.presets).require("preset", preset, f"method {name}")
     context = {item.name for item in fields(Method)}
     own = {item.name: item.default for item in fields(method) if item.name not in context}
     return own | dict(method.presets[preset])

@@ -15,18 +15,8 @@ from ..core.flat import FlatModel, Layout
 from ..core.models import INPUT_SHAPES, build_model, empty_model, num_stages
 from ..core.seeds import derive, numpy_generator, torch_generator
 from ..core.state import ServerState
-from ..data.datasets import (
-    Dataset,
-    Split,
-    as_published,
-    fit_images,
-    hold_out,
-    load_dataset,
-    normalise,
-    partition_dirichlet,
-    partition_iid,
-    partition_pathological,
-)
+from ..data.datasets import Dataset, as_published, fit_images, hold_out, load_dataset, normalise
+from ..data.partition import Split, partition_dirichlet, partition_iid, partition_pathological
 from ..methods.base import Context, Method
 from ..methods.registry import METHODS, settings_of
 from .round import Clients

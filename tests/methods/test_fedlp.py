@@ -157,7 +157,7 @@ def test_a_model_that_names_no_stages_is_refused(monkeypatch):
 
 
 def test_a_complexity_that_the_model_does_not_have_is_refused():
-    with pytest.raises(ValueError, match=r"preference: 4 is not valid .* expected an integer in \[0, 3\]"):
+    with pytest.raises(ValueError, match=r"preference: 4 is not valid; expected an integer in \[0, 3\]"):
         prepare(hetero_config(method_options={"preference": 4}))
 
 
