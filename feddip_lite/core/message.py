@@ -71,6 +71,10 @@ class Message:
                 raise ValueError(f"extras: name {name!r}, must be 1 to {_MAX_NAME} ASCII characters")
             _check_part(f"extras[{name!r}]", tensor, tuple(_DTYPES))
 
+    def plus(self, **extras: Tensor) -> "Message":
+        """This message with these extras too."""
+        return Message(self.values, self.mask, {**self.extras, **extras})
+
 
 def _check_part(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:

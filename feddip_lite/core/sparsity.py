@@ -37,10 +37,9 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     saturated: set[int] = set()
     while len(saturated) < len(sizes):
         budget = density * sum(sizes) - sum(sizes[i] for i in saturated)
-        scale = budget / sum(sum(shape) for i, shape in enumerate(shapes) if i not in saturated)
-        over = {
-            i for i, shape in enumerate(shapes) if i not in saturated and scale * sum(shape) > sizes[i] * (1 - 1e-12)
-        }
+        others = [i for i in range(len(sizes)) if i not in saturated]
+        scale = budget / sum(sum(shapes[i]) for i in others)
+        over = {i for i in others if scale * sum(shapes[i]) > sizes[i] * (1 - 1e-12)}
         if not over:
             break
         saturated |= over

@@ -188,7 +188,12 @@ def mean_buffers(state: ServerState, replies: Replies) -> Tensor:
     """Weighted mean of the BatchNorm running means and variances, (b,); no statistics, no change (D14)."""
     if not len(state.buffers):
         return state.buffers
-    return weighted_mean((replies[client].extras["buffers"] for client in sorted(replies)), replies)
+    return mean_of(replies, "buffers")
+
+
+def mean_of(replies: Replies, name: str) -> Tensor:
+    """The weighted mean of the extra `name` of every reply."""
+    return weighted_mean((replies[client].extras[name] for client in sorted(replies)), replies)
 
 
 def weighted_mean(vectors, replies: Replies) -> Tensor:

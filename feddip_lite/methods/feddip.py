@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from ..core.flat import Layout
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.seeds import derive
 from ..core.settings import flag, one_of, setting
 from ..core.sparsity import erk_densities, num_kept, random_mask, topk_mask
-from ..core.state import Memory
-from .base import About, Method, Replies, message_of
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, message_of
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,7 @@ class FedDP(Method):
         offer = super().offer(state, t, client)
         if t > 0 or self.erk != "per_client" or not self.initial_sparsity:
             return offer
-        seed = torch.tensor([derive(self.seed, "mask", t, client)])
-        return replace(offer, extras={**offer.extras, "mask_seed": seed})
+        return offer.plus(mask_seed=torch.tensor([derive(self.seed, "mask", t, client)]))
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         differing = {"dense_statistics": self.bn_statistics == "dense", "test_leak": self.test_leak}

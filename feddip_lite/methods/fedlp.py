@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.flat import Layout, Slot
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import numpy_generator, torch_generator
 from ..core.settings import integer, one_of, real, setting
-from ..core.state import Memory
-from .base import About, Method, Replies, expect, message_of
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect, message_of
 
 PREFERRED = 0.6  # share of the clients that have the preferred complexity (published code: models_complexity.py)
 
@@ -130,7 +127,7 @@ class FedLP(Method):
         dropped = draw >= self.keep_probability
         values, buffers = self.gathered(result.weights, result.buffers, (~dropped).tolist())
         message = message_of(replace(result, buffers=buffers), values)
-        return replace(message, extras={**message.extras, "dropped": dropped}) if dropped.any() else message
+        return message.plus(dropped=dropped) if dropped.any() else message
 
     def parts_of(self, message: Message) -> Sequence[Sequence[bool]]:
         """Which of `tensors` a message may hold: all that were not dropped, or those that some complexity shares."""

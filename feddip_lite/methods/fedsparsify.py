@@ -4,13 +4,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import sparsity_at
 from ..core.settings import integer, setting
 from ..core.sparsity import nested_mask, num_kept
-from ..core.state import Memory
-from .base import About, Method, Replies, expect_mask
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect_mask
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalResult
 from ..core.settings import integer, setting
 from ..core.sparsity import nested_mask, num_kept, tie_broken
-from ..core.state import Memory
-from .base import About, Method, Replies, account_of, expect_mask
+from .base import About, LocalResult, Memory, Message, Method, Replies, account_of, expect_mask
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import sparsity_at
 from ..core.settings import one_of, real, setting
 from ..core.sparsity import kept_per_layer, layerwise_mask, num_kept
-from ..core.state import Memory
-from .base import About, Method, Replies, expect, weighted_mean
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect, mean_of
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ class PruneFL(Method):
             return reply, memory
         per_step = self.rule == "paper"
         squares = result.squared_gradients / len(result.losses) if per_step else result.gradient.square()
-        extras = {**reply.extras, "squared_gradients": squares[: self.layout.prunable]}
-        return replace(reply, extras=extras), memory
+        return reply.plus(squared_gradients=squares[: self.layout.prunable]), memory
 
     def accept(self, state, reply: Message, t: int) -> None:
         super().accept(state, reply, t)
@@ -116,8 +112,7 @@ class PruneFL(Method):
             new = replace(new, weights=self.remembered(state, new.weights))
         if not self.chooses_mask(t):
             return new
-        squares = (replies[client].extras["squared_gradients"] for client in sorted(replies))
-        return replace(new, mask=self.best(new.weights, new.mask, weighted_mean(squares, replies), t))
+        return replace(new, mask=self.best(new.weights, new.mask, mean_of(replies, "squared_gradients"), t))
 
     def best(self, weights: Tensor, mask: Tensor, squares: Tensor, t: int) -> Tensor:
         """The mask (P,) of round t: weights in order of their gain while it pays, within `bounds`."""
