@@ -172,8 +172,7 @@ class FlatModel:
         statistics = dict(module.named_buffers())
         for slot in layout.buffer_slots:
             slot.of(self.buffers).copy_(statistics[slot.name])
-            owner, _, name = slot.name.rpartition(".")
-            setattr(module.get_submodule(owner), name, slot.of(self.buffers))
+            statistics[slot.name].data = slot.of(self.buffers)
         self.kernels = Autograd(self.module, self.gradient)
         self.pause = lambda: None
 

@@ -79,18 +79,15 @@ def topk_mask(scores: Tensor, keep: int) -> Tensor:
         raise ValueError(f"scores: {int(scores.isnan().sum())} of {len(scores)} are NaN")
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = _kth_smallest(scores, len(scores) - keep)
+    place = len(scores) - keep  # of the smallest score that is kept, in ascending order
+    if scores.device.type == "cpu":  # numpy finds it ten times faster than torch
+        threshold = torch.from_numpy(np.partition(scores.numpy(), place))[place]
+    else:
+        threshold = scores.kthvalue(place + 1).values
     mask = scores > threshold
     ties = (scores == threshold).nonzero().squeeze(1)
     mask[ties[: keep - int(mask.sum())]] = True
     return mask
-
-
-def _kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """The value at place k (from 0) of the sorted scores; on a CPU numpy finds it ten times faster than torch."""
-    if scores.device.type != "cpu":
-        return scores.kthvalue(k + 1).values
-    return torch.from_numpy(np.partition(scores.numpy(), k))[k]
 
 
 def nested_mask(mask: Tensor | None, scores: Tensor, keep: int) -> Tensor:

@@ -1,6 +1,7 @@
 """FedX: the server prunes what is irrelevant to its own reference images."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -51,13 +52,8 @@ class FedX(FedSparsifyGlobal):
         model = self.context.scratch()
         model.load(state.weights, state.mask, state.buffers)
         model.module.eval()
+        rules = {"lrp": partial(layerwise_relevance, epsilon=self.epsilon), "gradient_activation": gradient_activation}
         images, labels = self.context.images, self.context.labels
         by_class = zip(images.split(self.reference_per_class), labels.split(self.reference_per_class), strict=True)
-        each = [self.relevance_of(model, *group)[: self.layout.prunable].abs() for group in by_class]
+        each = [rules[self.relevance](model, *group)[: self.layout.prunable].abs() for group in by_class]
         return sum(each) / len(each)
-
-    def relevance_of(self, model, images: Tensor, labels: Tensor) -> Tensor:
-        """Signed relevance (n,) of every weight to these images together."""
-        if self.relevance == "lrp":
-            return layerwise_relevance(model, images, labels, self.epsilon)
-        return gradient_activation(model, images, labels)
