@@ -1,7 +1,5 @@
 """Headless use: `python -m feddip_lite run | sweep | doctor`. Bad input gives one line and exit status 2."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import signal
@@ -13,7 +11,7 @@ from pathlib import Path
 from . import doctor
 from .config import Config
 from .core.errors import FAILED, ClientFailure, Diverged, Held, OutOfTime, guarded, is_divergence
-from .core.settings import refuse_unknown
+from .core.settings import integer, real, refuse_unknown
 from .records.profiles import load_profile
 from .records.store import read_run
 from .train.observe import ProgressLine, progress_bar
@@ -24,7 +22,10 @@ TERMINATED = 143
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the nearest known word."""
+    """argparse with one-line errors that name the nearest known word; flags are written out."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise ValueError(message)
@@ -32,43 +33,34 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            refuse_unknown(
-                {unknown[0].partition("=")[0]: None},
-                self.commands[known.command]._option_string_actions,
-                "command line",
-            )
+            flags = self.commands[known.command]._option_string_actions
+            refuse_unknown([unknown[0].partition("=")[0]], flags, "command line")
         return known
 
 
 def parser() -> Parser:
     """The command line: a kebab-case flag for every field of `Config`."""
-    top = Parser(
-        prog="python -m feddip_lite", description="Federated pruning: FedDIP and its relatives.", allow_abbrev=False
-    )
+    top = Parser(prog="python -m feddip_lite", description="Federated pruning: FedDIP and its relatives.")
     commands = top.add_subparsers(dest="command", required=True, metavar="run | sweep | doctor")
-    one = commands.add_parser(
-        "run", help="one run, recorded; a run that is there already costs nothing", allow_abbrev=False
-    )
+    one = commands.add_parser("run", help="one run, recorded; a run that is there already costs nothing")
     for item in fields(Config):
         default = "{}" if item.name == "method_options" else str(item.default).lower()
         one.add_argument(
-            _flag(item.name), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
+            "--" + item.name.replace("_", "-"), dest=item.name, metavar="VALUE", default=argparse.SUPPRESS,
             help=f"{item.metadata['doc']}: {item.metadata['check'].expected} (default {default})".replace("%", "%%"),
         )  # fmt: skip
     one.add_argument(
         "--on", default="here", metavar="ENGINE",
         help="where clients are: here, or on Flower (simulation, deployment), with the extra feddip-lite[flower]",
     )  # fmt: skip
-    many = commands.add_parser("sweep", help="a queue of runs, params/*.yaml; resumable", allow_abbrev=False)
+    many = commands.add_parser("sweep", help="a queue of runs, params/*.yaml; resumable")
     many.add_argument("profile", help="a file such as params/lite.yaml")
     many.add_argument("--time-limit", metavar="SECONDS", help="stop after this time, keeping what was done")
     for command in (one, many):
         command.add_argument("--results", metavar="DIR", default="build/results", help="default: %(default)s")
         command.add_argument("--checkpoint-every", metavar="ROUNDS", help="default: at most one every 30 s")
         command.add_argument("--quiet", action="store_true", help="no progress")
-    check = commands.add_parser(
-        "doctor", help="versions, devices, data sets, disk: what works here", allow_abbrev=False
-    )
+    check = commands.add_parser("doctor", help="versions, devices, data sets, disk: what works here")
     top.commands = {"run": one, "sweep": many, "doctor": check}
     return top
 
@@ -85,7 +77,9 @@ def _command(arguments: list[str] | None) -> int:
     given = parser().parse_args(arguments)
     if given.command == "doctor":
         return doctor.main()
-    every = None if given.checkpoint_every is None else _positive("--checkpoint-every", given.checkpoint_every, int)
+    every = given.checkpoint_every
+    if every is not None:
+        every = integer(1).require("--checkpoint-every", _value(every))
     return _run(given, every) if given.command == "run" else _sweep(given, every)
 
 
@@ -105,13 +99,14 @@ def _run(given: argparse.Namespace, every: int | None) -> int:
 
 
 def _sweep(given: argparse.Namespace, every: int | None) -> int:
-    limit = float("inf") if given.time_limit is None else _positive("--time-limit", given.time_limit, float)
-    deadline = time.monotonic() + limit
+    deadline = float("inf")
+    if given.time_limit is not None:
+        deadline = time.monotonic() + real("(0, inf)").require("--time-limit", _value(given.time_limit))
     configs = load_profile(given.profile)
     stored = [read_run(given.results, config.run_id) is not None for config in configs]
     done = sum(config.rounds for config, is_there in zip(configs, stored, strict=True) if is_there)
     total = sum(config.rounds for config in configs)
-    diverged = 0
+    recording, diverged = Recording(Path(given.results)), 0
     with progress_bar(total, f"{sum(stored)}/{len(configs)} runs", initial=done, show=not given.quiet) as bar:
         for number, (config, is_there) in enumerate(zip(configs, stored, strict=True), 1):
             bar.set_description_str(f"run {number}/{len(configs)} {config.run_id}")
@@ -119,12 +114,7 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
                 if time.monotonic() > deadline and not is_there:
                     raise OutOfTime(f"{config.run_id}: not started")
                 history = execute(
-                    config,
-                    Recording(Path(given.results)),
-                    [ProgressLine(bar)],
-                    checkpoint_every=every,
-                    deadline=deadline,
-                    wait=False,
+                    config, recording, [ProgressLine(bar)], checkpoint_every=every, deadline=deadline, wait=False
                 )
                 said = f"{config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}"
             except OutOfTime as stop:
@@ -152,20 +142,6 @@ def _value(text: str):
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _positive(name: str, text: str, kind: type):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: {text!r} is not valid; expected a positive {'integer' if kind is int else 'number'}")
-    return value
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .data.datasets import Dataset, augment, load_dataset, normalise, partition_iid
+from .data.datasets import Dataset, augment, load_dataset, normalise
+from .data.partition import partition_iid
 
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]  # images, labels

@@ -1,17 +1,10 @@
 """Forward and backward of one batch: what `local_update` asks of a model."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear import stores_gradients
-
-if TYPE_CHECKING:
-    pass
 
 
 class Autograd:

@@ -1,7 +1,5 @@
 """`once_per_tensor`: remember what was computed of a tensor for as long as that tensor lives unchanged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """What a run raises beside ValueError and OSError, and the exit status that each stands for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 FAILED = 1

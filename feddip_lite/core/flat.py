@@ -5,13 +5,12 @@ The paper writes w, m in R^n, and so does this package. `Layout` says where each
 that a masked model is one multiplication and an SGD step two vector operations. Read next: `train/client.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class Layout:
     @classmethod
     def of(
         cls, module: nn.Module, *, image_shape: tuple[int, ...] | None = None, include_shortcut: bool = False
-    ) -> Layout:
+    ) -> Self:
         """The layout of `module`.
 
         Prunable are the weights of convolutions and linear layers; not biases, not BatchNorm, and not the 1x1
@@ -78,7 +77,7 @@ class Layout:
         num_prunable: int,
         buffers: Sequence[tuple[str, tuple[int, ...]]] = (),
         uses: Mapping[str, int] | None = None,
-    ) -> Layout:
+    ) -> Self:
         """The layout of these (name, shape) one after the other, of which the first `num_prunable` are prunable."""
         return cls(_place(tensors, uses or {}), num_prunable, _place(buffers, {}))
 
@@ -96,11 +95,6 @@ class Layout:
     def prunable_slots(self) -> tuple[Slot, ...]:
         """The slots of the prunable tensors, in order; together they cover [0, P)."""
         return self.slots[: self.num_prunable]
-
-    @property
-    def weight_slots(self) -> tuple[Slot, ...]:
-        """The slots of all weights of convolutions and linear layers: the prunable ones, then those that stay dense."""
-        return tuple(slot for slot in self.slots if len(slot.shape) > 1)
 
     @property
     def buffer_size(self) -> int:
@@ -150,10 +144,6 @@ class Layout:
         return weights
 
 
-def _go_on() -> None:
-    """Nobody else is waiting."""
-
-
 @once_per_tensor
 def kept_indices(mask: Tensor) -> Tensor:
     """The coordinates that `mask` (P,) bool keeps: int64 (kept,), ascending."""
@@ -182,10 +172,9 @@ class FlatModel:
         statistics = dict(module.named_buffers())
         for slot in layout.buffer_slots:
             slot.of(self.buffers).copy_(statistics[slot.name])
-            owner, _, name = slot.name.rpartition(".")
-            setattr(module.get_submodule(owner), name, slot.of(self.buffers))
+            statistics[slot.name].data = slot.of(self.buffers)
         self.kernels = Autograd(self.module, self.gradient)
-        self.pause = _go_on
+        self.pause = lambda: None
 
     def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
         """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""

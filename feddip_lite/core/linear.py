@@ -4,8 +4,6 @@ MKL keeps to AVX2 on AMD processors, at half the speed of oneDNN. The operator i
 float32 on CPUs only; where it is missing, the ordinary one is used.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

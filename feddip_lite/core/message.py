@@ -11,8 +11,6 @@ What a message means (packed or dense values, which extras) is agreed between a 
 Read next: `train/round.py`.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Mapping
@@ -73,6 +71,10 @@ class Message:
                 raise ValueError(f"extras: name {name!r}, must be 1 to {_MAX_NAME} ASCII characters")
             _check_part(f"extras[{name!r}]", tensor, tuple(_DTYPES))
 
+    def plus(self, **extras: Tensor) -> "Message":
+        """This message with these extras too."""
+        return Message(self.values, self.mask, {**self.extras, **extras})
+
 
 def _check_part(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
@@ -105,7 +107,7 @@ def encode(message: Message) -> bytes:
     return body + _CRC.pack(zlib.crc32(body))
 
 
-def decode(data: bytes, layout: Layout) -> Message:
+def decode(data: bytes, layout: "Layout") -> Message:
     """Reads what `encode` wrote, distrusting every byte; needs memory for no more than data and layout allow.
 
     Values and extras come back bit for bit (NaN too: finite checks are the server's), in writable CPU memory.
@@ -144,20 +146,6 @@ def _require(condition: bool, what_is_wrong: str) -> None:
         raise ValueError(f"message: {what_is_wrong}")
 
 
-def _read_extras(reader: _Reader, count: int) -> dict[str, Tensor]:
-    extras: dict[str, Tensor] = {}
-    previous = b""  # sorts before every name, so an empty name is refused too
-    for _ in range(count):
-        name = bytes(reader.take(reader.take(1, "name length")[0], "name of an extra"))
-        _require(name.isascii() and len(name) <= _MAX_NAME, f"name {name!r}, must be 1 to {_MAX_NAME} ASCII characters")
-        _require(name > previous, f"name {name!r} follows {previous!r}, must be in order and unique")
-        code, length = _EXTRA.unpack(reader.take(_EXTRA.size, f"extra {name!r}"))
-        _require(code < len(_DTYPES), f"extra {name!r} has dtype code {code}, must be below {len(_DTYPES)}")
-        extras[name.decode("ascii")] = reader.tensor(list(_DTYPES)[code], length, f"extra {name!r}")
-        previous = name
-    return extras
-
-
 class _Reader:
     """Hands out a view front to back, never more than there is."""
 
@@ -175,6 +163,20 @@ class _Reader:
         _require(dtype != torch.bool or not bytes(raw).strip(b"\0\1"), f"{what} is bool with bytes other than 0 and 1")
         # astype copies: memory of our own, writable, in this machine's byte order.
         return torch.from_numpy(np.frombuffer(raw, on_wire).astype(on_wire.newbyteorder("=")))
+
+
+def _read_extras(reader: _Reader, count: int) -> dict[str, Tensor]:
+    extras: dict[str, Tensor] = {}
+    previous = b""  # sorts before every name, so an empty name is refused too
+    for _ in range(count):
+        name = bytes(reader.take(reader.take(1, "name length")[0], "name of an extra"))
+        _require(name.isascii() and len(name) <= _MAX_NAME, f"name {name!r}, must be 1 to {_MAX_NAME} ASCII characters")
+        _require(name > previous, f"name {name!r} follows {previous!r}, must be in order and unique")
+        code, length = _EXTRA.unpack(reader.take(_EXTRA.size, f"extra {name!r}"))
+        _require(code < len(_DTYPES), f"extra {name!r} has dtype code {code}, must be below {len(_DTYPES)}")
+        extras[name.decode("ascii")] = reader.tensor(list(_DTYPES)[code], length, f"extra {name!r}")
+        previous = name
+    return extras
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

@@ -4,8 +4,6 @@ Shapes follow the authors' published code (datasets_models.py). At width 1: LeNe
 23 272 266 (10 classes), ResNet-18 11 220 132 (100 classes).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -196,21 +194,16 @@ def num_stages(name: str) -> int:
     return len(getattr(MODELS[name], "stages", ()))
 
 
-def empty_model(
-    name: str,
-    depth: int | None = None,
-    *,
-    classes: int,
-    width: float,
-    channels: int,
-    size: int,
-    device: str | torch.device = "cpu",
-) -> nn.Module:
-    """A model without values, whole or its `Prefix` of `depth` stages. Draws nothing, so any thread may call it."""
+def empty_model(name: str, depth: int | None = None, *, device: str | torch.device = "cpu", **shape) -> nn.Module:
+    """A model without values, whole or its `Prefix` of `depth` stages. Draws nothing, so any thread may call it.
+
+    Args:
+        shape: `classes`, `width`, `channels` and `size`, as in `build_model`.
+    """
     with torch.device("meta"):
-        module = MODELS[name](classes, width, channels, size)
+        module = MODELS[name](**shape)
         if depth is not None:
-            module = Prefix(module, depth, classes, (channels, size, size))
+            module = Prefix(module, depth, shape["classes"], (shape["channels"], shape["size"], shape["size"]))
     return module.to_empty(device=device)
 
 

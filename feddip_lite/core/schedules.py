@@ -1,7 +1,5 @@
 """Schedules: plain floats of the round index t = 0 .. rounds-1."""
 
-from __future__ import annotations
-
 import math
 
 
@@ -40,11 +38,3 @@ def published_penalty_at(t: int, peak: float, steps: int, rounds: int, start: fl
     length = rounds // steps
     segment = min(t // length, steps - 1) if length else steps - 1
     return 0.0 if segment == 0 else start + (segment - 1) * (peak - start) / (steps - 1)
-
-
-def lr_at(t: int, *, lr: float, decay: float, schedule: str, smoothness: float | None) -> float:
-    """Learning rate of round t: `exponential` is lr * decay^t, `theory` is 1 / ((t + 1) * smoothness).
-
-    The second is the convergence theorem's setting (slides, Eq. 4), whose rounds count from 1.
-    """
-    return 1 / ((t + 1) * smoothness) if schedule == "theory" else lr * decay**t

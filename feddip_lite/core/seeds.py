@@ -1,7 +1,5 @@
 """Every random draw has an address: (seed, purpose, round, client). Nothing draws from a global generator."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,10 +1,8 @@
 """Settings that know their range: one line of declaration gives the default, the check, the help text and the error."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
@@ -12,11 +10,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """`accept(value)` returns the value in its canonical type or None; `expected` completes "expected ..."."""
+    """`accept(value)` returns the value in its canonical type or None; `kind`, `names` and `note` say which."""
 
-    expected: str
+    kind: str
     accept: Callable[[Any], Any]
-    names: tuple[str, ...] = ()
+    names: Collection[str] = ()
+    note: str = ""
+
+    @property
+    def expected(self) -> str:
+        """Completes "expected ..."."""
+        return self.kind + ", ".join(self.names) + self.note
+
+    def require(self, name: str, value: Any, why: str = "") -> Any:
+        """`value` in its canonical type.
+
+        Raises:
+            ValueError: one line naming `name`, the value, the range and `why` it is so, and of names the nearest.
+        """
+        result = self.accept(value)
+        if result is None:
+            hint = f" ({why})" * bool(why) + nearest(value, self.names)
+            raise ValueError(f"{name}: {value!r} is not valid; expected {self.expected}{hint}")
+        return result
 
 
 def integer(low: int, high: int | None = None) -> Check:
@@ -44,8 +60,13 @@ def real(interval: str) -> Check:
 
 
 def one_of(*names: str) -> Check:
-    """One of these names; `names` is read when checking, so a dictionary's keys may grow."""
-    return Check("one of " + ", ".join(names), lambda value: value if value in names else None, names)
+    """One of these names."""
+    return key_of(names)
+
+
+def key_of(names: Collection[str]) -> Check:
+    """One of `names`, which are read at every check, so that a dictionary's keys may grow."""
+    return Check("one of ", lambda value: value if isinstance(value, str) and value in names else None, names)
 
 
 def flag() -> Check:
@@ -56,7 +77,7 @@ def flag() -> Check:
 def setting(default: Any, check: Check, doc: str, *, none: str = ""):
     """A dataclass field with its check and a one-line meaning; `none`, if given, says what None means."""
     if none:
-        check = Check(f"{check.expected}, or none ({none})", check.accept, check.names)
+        check = replace(check, note=f", or none ({none})")
     metadata = {"check": check, "doc": doc, "none": bool(none)}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -66,20 +87,15 @@ def setting(default: Any, check: Check, doc: str, *, none: str = ""):
 def accepted(item: Field, value: Any) -> Any:
     """`value` in the canonical type of the dataclass field `item`; fields declared without a check take anything.
 
-    Raises:
-        ValueError: one line naming the field, the value and the range.
+    Raises as `Check.require` does.
     """
     if "check" not in item.metadata or (value is None and item.metadata["none"]):
         return value
-    check = item.metadata["check"]
-    result = None if value is None else check.accept(value)
-    if result is None:
-        raise ValueError(f"{item.name}: {value!r} is not valid; expected {check.expected}{nearest(value, check.names)}")
-    return result
+    return item.metadata["check"].require(item.name, value)
 
 
 def validate(instance: Any) -> None:
-    """Check every field of a dataclass instance, storing canonical types. Raises as `accepted` does."""
+    """Check every field of a dataclass instance, storing canonical types. Raises as `Check.require` does."""
     for item in fields(instance):
         object.__setattr__(instance, item.name, accepted(item, getattr(instance, item.name)))
 
@@ -90,8 +106,8 @@ def nearest(value: Any, names) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def refuse_unknown(given: Mapping[str, Any], known, what: str) -> None:
-    """Raise ValueError naming the first key of `given` that is not in `known`, and the nearest that is."""
+def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise ValueError naming the first of `given` that is not in `known`, and the nearest that is."""
     for key in given:
         if key not in known:
             listing = ", ".join(known) or "none"

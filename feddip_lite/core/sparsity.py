@@ -4,8 +4,6 @@
 vector of length P, True = kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .flat import Layout
+from .settings import integer, real
 
 
 def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
@@ -33,16 +32,14 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     """
     if not shapes:
         raise ValueError("shapes: empty; at least one prunable tensor is needed")
-    if not 0 < density <= 1:
-        raise ValueError(f"density: {density} is out of range; expected a number in (0, 1]")
+    real("(0, 1]").require("density", density)
     sizes = [prod(shape) for shape in shapes]
     saturated: set[int] = set()
     while len(saturated) < len(sizes):
         budget = density * sum(sizes) - sum(sizes[i] for i in saturated)
-        scale = budget / sum(sum(shape) for i, shape in enumerate(shapes) if i not in saturated)
-        over = {
-            i for i, shape in enumerate(shapes) if i not in saturated and scale * sum(shape) > sizes[i] * (1 - 1e-12)
-        }
+        others = [i for i in range(len(sizes)) if i not in saturated]
+        scale = budget / sum(sum(shapes[i]) for i in others)
+        over = {i for i in others if scale * sum(shapes[i]) > sizes[i] * (1 - 1e-12)}
         if not over:
             break
         saturated |= over
@@ -77,32 +74,30 @@ def topk_mask(scores: Tensor, keep: int) -> Tensor:
     Raises:
         ValueError: `keep` out of range, or a score is NaN.
     """
-    if not 0 <= keep <= len(scores):
-        raise ValueError(f"keep: {keep} is out of range; expected an integer in [0, {len(scores)}]")
+    integer(0, len(scores)).require("keep", keep)
     if scores.isnan().any():
         raise ValueError(f"scores: {int(scores.isnan().sum())} of {len(scores)} are NaN")
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = _kth_smallest(scores, len(scores) - keep)
+    place = len(scores) - keep  # of the smallest score that is kept, in ascending order
+    if scores.device.type == "cpu":  # numpy finds it ten times faster than torch
+        threshold = torch.from_numpy(np.partition(scores.numpy(), place))[place]
+    else:
+        threshold = scores.kthvalue(place + 1).values
     mask = scores > threshold
     ties = (scores == threshold).nonzero().squeeze(1)
     mask[ties[: keep - int(mask.sum())]] = True
     return mask
 
 
-def _kth_smallest(scores: Tensor, k: int) -> Tensor:
-    """The value at place k (from 0) of the sorted scores; on a CPU numpy finds it ten times faster than torch."""
-    if scores.device.type != "cpu":
-        return scores.kthvalue(k + 1).values
-    return torch.from_numpy(np.partition(scores.numpy(), k))[k]
-
-
-def nested_mask(mask: Tensor, scores: Tensor, keep: int) -> Tensor:
+def nested_mask(mask: Tensor | None, scores: Tensor, keep: int) -> Tensor:
     """The mask of the `keep` largest scores among those that `mask` keeps; all of these where they are fewer.
 
     Args:
-        mask: (P,) bool; `scores`: (P,) >= 0.
+        mask: (P,) bool, None = all are kept; `scores`: (P,) >= 0.
     """
+    if mask is None:
+        return topk_mask(scores, keep)
     return topk_mask(scores.masked_fill(~mask, -1), keep) & mask
 
 

@@ -1,7 +1,5 @@
 """`ServerState`: all that is carried from one round to the next, the clients' memories included."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType

@@ -12,12 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.settings import nearest
+from ..core.settings import integer, key_of
 from .files import KEYS, read_arrays
-from .partition import Split, partition_dirichlet, partition_iid, partition_pathological
-
-__all__ = ["DATASETS", "Dataset", "Split", "as_published", "augment", "crop", "draw_crops", "fit_images", "hold_out"]
-__all__ += ["load_dataset", "normalise", "partition_dirichlet", "partition_iid", "partition_pathological"]
 
 PAD = 4  # pixels around a CIFAR image before the random crop
 OFFSETS = 2 * PAD + 1
@@ -102,9 +98,7 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
         ValueError: an unknown name, or a file that is damaged or malformed; the message names file and reason.
         FileNotFoundError: neither files nor a download; the message says what to do.
     """
-    if name not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise ValueError(f"dataset: {name!r} is not valid; expected one of {known}{nearest(name, DATASETS)}")
+    key_of(DATASETS).require("dataset", name)
     folder = Path(root or os.environ.get("FEDDIP_DATA") or "data")
     arrays, sha256, variant = read_arrays(name, folder, DATASETS[name]["classes"])
     source = f"{_TITLES[name]}: {_SOURCES.get(f'{name} {variant}') or _SOURCES[variant]}"
@@ -138,12 +132,8 @@ def fit_images(dataset: Dataset, channels: int, size: int) -> Dataset:
             unless it is one.
     """
     have, height, width = dataset.train_images.shape[1:]
-    if size < max(height, width):
-        raise ValueError(f"size must be at least {max(height, width)} for {dataset.name}, got {size!r}")
-    if channels != have and (have != 1 or channels < 1):
-        raise ValueError(
-            f"channels must be {have}{' or more' if have == 1 else ''} for {dataset.name}, got {channels!r}"
-        )
+    integer(max(height, width)).require("size", size, dataset.name)
+    integer(have, None if have == 1 else have).require("channels", channels, dataset.name)
     top, left = (size - height) // 2, (size - width) // 2
     border = (left, size - width - left, top, size - height - top)
 
@@ -225,22 +215,10 @@ def crop(images: torch.Tensor, padding: str, draw: torch.Tensor) -> torch.Tensor
             f'padding must be "zeros", "reflect" (images of {PAD + 1} pixels or more) or None, got {padding!r} for '
             f"images of {height}x{width}"
         )
-    rows, rows_inside = _source_pixels(draw // (2 * OFFSETS), height, padding)
-    columns, columns_inside = _source_pixels(draw // 2 % OFFSETS, width, padding, flip=draw % 2 == 1)
-    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, height * width)
-    out = images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
-    if padding == "zeros":
-        out *= (rows_inside[:, :, None] & columns_inside[:, None, :])[:, None]
-    return out
-
-
-def _source_pixels(offset: torch.Tensor, size: int, padding: str, flip: torch.Tensor | None = None):
-    """Along one axis, which input pixel each output pixel shows: (b, size) indices, and whether it is inside."""
-    index = offset[:, None] + torch.arange(-PAD, size - PAD, device=offset.device)
-    if flip is not None:
-        index = torch.where(flip[:, None], index.flip(1), index)
-    inside = (index >= 0) & (index < size)
-    if padding == "zeros":
-        return index.clamp(0, size - 1), inside
-    # torch pads by reflection only in floating point, so the indices are reflected instead of the images.
-    return (size - 1) - ((size - 1) - index.abs()).abs(), inside
+    mode = {"zeros": "constant", "reflect": "reflect"}[padding]
+    padded = F.pad(images.float(), (PAD, PAD, PAD, PAD), mode).to(torch.uint8)  # only floats can be reflected
+    rows = (draw // (2 * OFFSETS))[:, None] + torch.arange(height, device=draw.device)
+    columns = (draw // 2 % OFFSETS)[:, None] + torch.arange(width, device=draw.device)
+    columns = torch.where((draw % 2 == 1)[:, None], columns.flip(1), columns)
+    pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, height * width)
+    return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)

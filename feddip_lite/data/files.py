@@ -185,13 +185,13 @@ def _download(name: str, root: Path, paths: dict[str, Path]) -> None:
         socket.setdefaulttimeout(timeout)
 
 
-def save_npz(path: Path, arrays: dict[str, np.ndarray], variant: str = "official") -> None:
-    """Write a CIFAR set and the sidecar `<name>.sha256` that vouches for it, each beside its place and then renamed.
+def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an official CIFAR set and the sidecar `<name>.sha256` that vouches for it, each whole or not at all.
 
     The sidecar goes first: a crash between the two leaves no data and the next load starts over, whereas data without
     its sidecar would pass as unrecognised.
     """
-    line = f"{checksum(arrays)}  {variant}\n".encode()
+    line = f"{checksum(arrays)}  official\n".encode()
     writers = {path.with_suffix(".sha256"): lambda file: file.write(line), path: lambda file: np.savez(file, **arrays)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         for target, write in writers.items():

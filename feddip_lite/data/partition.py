@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.settings import Check, integer, real
+from ..core.settings import integer, real
 
 MAX_DRAWS = 100  # of the Dirichlet proportions, before the request is called hopeless
 ALPHA = real("(0, 1e6]")  # huge values would overflow the draw, and from about 1e4 on it looks like IID anyway
@@ -56,14 +56,12 @@ def partition_iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: in
     """
     train_labels, test_labels = _checked(train_labels, test_labels, clients)
 
-    def owners(labels: np.ndarray) -> np.ndarray:
+    def shards(labels: np.ndarray) -> tuple[np.ndarray, ...]:
         shuffled = rng.permutation(len(labels))
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-        owner = np.empty(len(labels), dtype=np.int64)
-        owner[by_class] = np.arange(len(labels)) % clients
-        return owner
+        return tuple(np.sort(by_class[client::clients]) for client in range(clients))
 
-    return Split(_shards(owners(train_labels), clients), _shards(owners(test_labels), clients))
+    return Split(shards(train_labels), shards(test_labels))
 
 
 def partition_pathological(
@@ -95,7 +93,7 @@ def partition_pathological(
     """
     train_labels, test_labels = _checked(train_labels, test_labels, clients)
     classes = np.union1d(train_labels, test_labels)
-    _require("classes_per_client", classes_per_client, integer(1, len(classes)))
+    integer(1, len(classes)).require("classes_per_client", classes_per_client)
     if clients * classes_per_client < len(classes):
         raise ValueError(
             f"clients * classes_per_client must be at least the number of classes ({len(classes)}), or some class has "
@@ -114,11 +112,7 @@ def partition_pathological(
 
 
 def partition_dirichlet(
-    train_labels: np.ndarray,
-    test_labels: np.ndarray,
-    clients: int,
-    rng: np.random.Generator,
-    alpha: float = 0.5,
+    train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator, alpha: float = 0.5
 ) -> Split:
     """Split each class over the clients by proportions drawn from a symmetric Dirichlet distribution.
 
@@ -136,7 +130,7 @@ def partition_dirichlet(
     run, and would draw training and test proportions independently.
     """
     train_labels, test_labels = _checked(train_labels, test_labels, clients)
-    _require("alpha", alpha, ALPHA)
+    ALPHA.require("alpha", alpha)
     classes = np.union1d(train_labels, test_labels)
     for _ in range(MAX_DRAWS):
         shares = rng.dirichlet(np.full(clients, float(alpha)), size=len(classes))
@@ -153,13 +147,8 @@ def _checked(train_labels, test_labels, clients) -> tuple[np.ndarray, np.ndarray
     for name, labels in (("train_labels", train_labels), ("test_labels", test_labels)):
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{name} must be a one-dimensional integer array, got {labels.dtype} {labels.shape}")
-    _require("clients", clients, integer(1, len(train_labels)), " (the number of training samples)")
+    integer(1, len(train_labels)).require("clients", clients, "the number of training samples")
     return train_labels, test_labels
-
-
-def _require(name: str, value, check: Check, why: str = "") -> None:
-    if check.accept(value) is None:
-        raise ValueError(f"{name}: {value!r} is not valid; expected {check.expected}{why}")
 
 
 def _class_slots(classes: int, clients: int, classes_per_client: int, rng: np.random.Generator | None) -> np.ndarray:
@@ -184,18 +173,10 @@ def _counts(labels: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> np.n
 
 
 def _deal_by_shares(train_labels, test_labels, classes, shares, rng) -> Split:
-    clients = shares.shape[1]
-
-    def owners(labels: np.ndarray) -> np.ndarray:
-        owner = np.empty(len(labels), dtype=np.int64)
+    def shards(labels: np.ndarray) -> tuple[np.ndarray, ...]:
+        dealt = []  # for each class, one array per client
         for label, counts in zip(classes, _counts(labels, classes, shares), strict=True):
-            owner[rng.permutation(np.flatnonzero(labels == label))] = np.repeat(np.arange(clients), counts)
-        return owner
+            dealt.append(np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(counts)[:-1]))
+        return tuple(np.sort(np.concatenate(own)) for own in zip(*dealt, strict=True))
 
-    return Split(_shards(owners(train_labels), clients), _shards(owners(test_labels), clients))
-
-
-def _shards(owner: np.ndarray, clients: int) -> tuple[np.ndarray, ...]:
-    """Turn "sample i belongs to client owner[i]" into one sorted index array per client."""
-    ends = np.cumsum(np.bincount(owner, minlength=clients))
-    return tuple(np.split(np.argsort(owner, kind="stable"), ends[:-1]))
+    return Split(shards(train_labels), shards(test_labels))

@@ -1,7 +1,5 @@
 """Who computes the forward and backward pass of a model fastest where it lives."""
 
-from __future__ import annotations
-
 from ..core.autograd import Autograd
 from ..core.flat import FlatModel
 from .cuda_graph import CudaGraph, record_cuda_graph

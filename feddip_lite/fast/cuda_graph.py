@@ -5,10 +5,7 @@ and writes fixed memory: batches are copied in, the weights are the model's flat
 gradient. Chosen by `choose.fastest_kernels` on CUDA devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,16 +13,6 @@ from torch import Tensor
 from ..core.autograd import Autograd
 from ..core.flat import FlatModel
 from ..core.models import Dropout
-
-
-@dataclass(frozen=True)
-class Recording:
-    """`replay()` recomputes `loss` (scalar) and the gradient for what is in `images` and `labels`."""
-
-    images: Tensor
-    labels: Tensor
-    loss: Tensor
-    replay: Callable[[], None]
 
 
 class CudaGraph:
@@ -39,34 +26,37 @@ class CudaGraph:
     def __init__(self, model: FlatModel, precision: str, record: Callable):
         self.model, self.record = model, record
         self.eager = Autograd(model.module, model.gradient, precision)
-        self.recordings: dict[tuple, Recording] = {}
+        self.recordings: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
 
     def loss_and_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy, a scalar of its own; its gradient overwrites the model's gradient."""
         key = (*images.shape, self.model.module.training)
-        recording = self.recordings.get(key)
-        if recording is None:
-            recording = self.recordings[key] = self._recorded(images, labels)
-        recording.images.copy_(images)
-        recording.labels.copy_(labels)
-        recording.replay()
-        return recording.loss.clone()
+        if key not in self.recordings:
+            self.recordings[key] = self._recorded(images, labels)
+        return self.recordings[key](images, labels)
 
     def logits(self, images: Tensor) -> Tensor:
         """The module's output, in its present mode."""
         return self.eager.logits(images)
 
-    def _recorded(self, images: Tensor, labels: Tensor) -> Recording:
+    def _recorded(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`loss_and_gradient` for batches of this shape, by what this one leaves recorded."""
         fixed = images.clone(), labels.clone()
         buffers = self.model.buffers.clone()
-        dropouts = [layer for layer in self.model.module.modules() if isinstance(layer, Dropout)]
-        states = [layer.generator.get_state() for layer in dropouts]
-        generators = [layer.generator for layer in dropouts]
+        generators = [layer.generator for layer in self.model.module.modules() if isinstance(layer, Dropout)]
+        states = [generator.get_state() for generator in generators]
         loss, replay = self.record(lambda: self.eager.loss_and_gradient(*fixed), generators)
         self.model.buffers.copy_(buffers)  # recording ran the batch, which must leave no trace
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        return Recording(*fixed, loss, replay)
+
+        def replayed(images: Tensor, labels: Tensor) -> Tensor:
+            fixed[0].copy_(images)
+            fixed[1].copy_(labels)
+            replay()
+            return loss.clone()
+
+        return replayed
 
 
 def record_cuda_graph(function: Callable[[], Tensor], generators: list[torch.Generator]) -> tuple[Tensor, Callable]:

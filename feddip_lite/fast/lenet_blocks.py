@@ -9,8 +9,6 @@ row parity, output channel) after the first convolution, and (row in window, out
 Measured reasons for each choice: benchmarks/NOTES.md.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -5,8 +5,6 @@ A method is a frozen dataclass: its fields are its hyper-parameters, its hooks a
 `method_options`. `presets` holds what a preset changes. How each method passes through the hooks: docs/design.md.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -143,6 +141,12 @@ class Method:
         vectors = (self.layout.unpack(r.values, state.mask if r.mask is None else r.mask) for r in ordered)
         return weighted_mean(vectors, replies)
 
+    def remembered(self, state: ServerState, mean: Tensor) -> Tensor:
+        """w + sum_n rho_n (w_n - w*m), (n,): what clients changed of what they were sent, added to the dense weights
+        that the server kept; `mean` (n,) is that of their weights."""
+        sent = self.layout.masked(state.weights, state.mask)
+        return (state.weights.double() + (mean.double() - sent.double())).float()
+
 
 def expect(reply: Message, **counts: int) -> None:
     """Refuse a reply that lacks one of these extras, or has another count of numbers in it; 0 = none is needed.
@@ -151,7 +155,7 @@ def expect(reply: Message, **counts: int) -> None:
         ValueError: names the extra.
     """
     for name, count in counts.items():
-        there = len(reply.extras[name]) if name in reply.extras else 0
+        there = len(reply.extras.get(name, ()))
         if there != count:
             raise ValueError(f"the reply's {name}: {there} numbers; expected {count}")
 
@@ -184,7 +188,12 @@ def mean_buffers(state: ServerState, replies: Replies) -> Tensor:
     """Weighted mean of the BatchNorm running means and variances, (b,); no statistics, no change (D14)."""
     if not len(state.buffers):
         return state.buffers
-    return weighted_mean((replies[client].extras["buffers"] for client in sorted(replies)), replies)
+    return mean_of(replies, "buffers")
+
+
+def mean_of(replies: Replies, name: str) -> Tensor:
+    """The weighted mean of the extra `name` of every reply."""
+    return weighted_mean((replies[client].extras[name] for client in sorted(replies)), replies)
 
 
 def weighted_mean(vectors, replies: Replies) -> Tensor:

@@ -1,16 +1,11 @@
 """FedAvg and FedProx: dense training, dense exchange."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalPlan
 from ..core.settings import real, setting
-from ..core.state import Memory
-from .base import About, Method
+from .base import About, LocalPlan, Memory, Message, Method
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,17 @@ D13, D17), each choice is an option; `repo` takes the code's side and `memory` a
 (docs/deviations.md).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..core.flat import Layout
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.seeds import derive
 from ..core.settings import flag, one_of, setting
 from ..core.sparsity import erk_densities, num_kept, random_mask, topk_mask
-from ..core.state import Memory
-from .base import About, Method, Replies, mean_buffers, message_of
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, message_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,9 @@ class FedDP(Method):
     def erk_mask(self, seed: int) -> Tensor:
         """A random mask (P,) at ERK densities of the initial sparsity. ResNet's shortcuts, where they are not prunable,
         have a share in the density, as in the published code, but stay dense (D7)."""
-        slots = self.layout.weight_slots if self.erk_over == "weights" else self.layout.prunable_slots
+        slots = self.layout.prunable_slots
+        if self.erk_over == "weights":  # all convolutions and linear layers, the dense ones last
+            slots = [slot for slot in self.layout.slots if len(slot.shape) > 1]
         densities = erk_densities([slot.shape for slot in slots], 1 - self.initial_sparsity)
         prunable = densities[: self.layout.num_prunable]
         return random_mask(self.layout, prunable, torch.Generator().manual_seed(seed))
@@ -83,8 +80,7 @@ class FedDP(Method):
         offer = super().offer(state, t, client)
         if t > 0 or self.erk != "per_client" or not self.initial_sparsity:
             return offer
-        seed = torch.tensor([derive(self.seed, "mask", t, client)])
-        return replace(offer, extras={**offer.extras, "mask_seed": seed})
+        return offer.plus(mask_seed=torch.tensor([derive(self.seed, "mask", t, client)]))
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         differing = {"dense_statistics": self.bn_statistics == "dense", "test_leak": self.test_leak}
@@ -108,17 +104,15 @@ class FedDP(Method):
         return t % self.mask_interval == 0
 
     def merge(self, state, replies: Replies, t: int):
-        dense = self.mean_weights(state, replies)
-        if self.server_memory:  # w <- w + sum_n rho_n (w_n - w*m): what clients changed, added to what was remembered
-            sent = self.layout.masked(state.weights, state.mask)
-            dense = (state.weights.double() + (dense.double() - sent.double())).float()
-        mask = state.mask
-        if self.chooses_mask(t):
-            source = dense if self.mask_source == "dense_average" else self.layout.masked(dense, mask)
-            sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
-            prunable = self.layout.prunable
-            mask = topk_mask(source[:prunable].abs(), num_kept(sparsity, prunable))
-        return replace(state, round=t + 1, weights=dense, buffers=mean_buffers(state, replies), mask=mask)
+        new = super().merge(state, replies, t)
+        if self.server_memory:
+            new = replace(new, weights=self.remembered(state, new.weights))
+        if not self.chooses_mask(t):
+            return new
+        source = new.weights if self.mask_source == "dense_average" else self.layout.masked(new.weights, new.mask)
+        sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
+        prunable = self.layout.prunable
+        return replace(new, mask=topk_mask(source[:prunable].abs(), num_kept(sparsity, prunable)))
 
 
 @dataclass(frozen=True)

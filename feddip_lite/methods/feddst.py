@@ -1,8 +1,6 @@
 """FedDST: a sparse model from the first round to the last, whose mask the clients themselves readjust: each drops its
 smallest weights and grows others where the gradient is large, layer by layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

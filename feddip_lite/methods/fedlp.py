@@ -1,8 +1,6 @@
 """FedLP: layers are dropped at random on their way up, or small clients hold only the first of them."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -11,12 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.flat import Layout, Slot
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import numpy_generator, torch_generator
 from ..core.settings import integer, one_of, real, setting
-from ..core.state import Memory
-from .base import About, Method, Replies, expect, message_of
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect, message_of
 
 PREFERRED = 0.6  # share of the clients that have the preferred complexity (published code: models_complexity.py)
 
@@ -59,10 +54,7 @@ class FedLP(Method):
         depths = self.context.depths if self.context else 0
         if not depths:
             raise ValueError("variant: 'hetero' is not valid with a model that names no stages to cut it after")
-        if self.preference > depths + 1:
-            raise ValueError(
-                f"preference: {self.preference} is not valid with this model; expected an integer in [0, {depths + 1}]"
-            )
+        integer(0, depths + 1).require("preference", self.preference, "this model's complexities; 0 = all alike")
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
@@ -91,9 +83,8 @@ class FedLP(Method):
 
     def gathered(self, weights: Tensor, buffers: Tensor, kept: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """(values, statistics) of those of `tensors` that are `kept`."""
-        count = len(self.layout.slots)
-        values = gather(weights, self.layout.slots, kept[:count])
-        return values, gather(buffers, self.layout.buffer_slots, kept[count:])
+        places = coordinates(self.tensors, kept)
+        return weights[places[: self.layout.size]], buffers[places[self.layout.size :]]
 
     def offer(self, state, t: int, client: int) -> Message:
         if self.variant == "homo":
@@ -109,11 +100,10 @@ class FedLP(Method):
         if complexity == len(self.parts):
             return super().plan(offer, memory, t)
         model = self.context.scratch(complexity)
-        slots, heads = model.layout.slots, heads_of(model.layout)
-        head = memory["head"] if memory else self.first_head(complexity).to(offer.values.device)
+        in_head = head_of(model.layout)
         weights = torch.empty_like(model.weights)
-        scatter_(weights, offer.values, slots, [not own for own in heads])
-        scatter_(weights, head, slots, heads)
+        weights[in_head] = memory["head"] if memory else self.first_head(complexity).to(weights.device)
+        weights[~in_head] = offer.values
         return LocalPlan(weights, None, offer.extras.get("buffers"), model=model)
 
     def first_head(self, complexity: int) -> Tensor:
@@ -128,10 +118,8 @@ class FedLP(Method):
         complexity = self.complexity(result.client)
         if complexity == len(self.parts):
             return message_of(result, result.weights), memory
-        slots = self.layouts[complexity - 1].slots
-        heads = heads_of(self.layouts[complexity - 1])
-        shared = gather(result.weights, slots, [not own for own in heads])
-        return message_of(result, shared), {"head": gather(result.weights, slots, heads)}
+        in_head = head_of(self.layouts[complexity - 1])
+        return message_of(result, result.weights[~in_head]), {"head": result.weights[in_head]}
 
     def thinned(self, result: LocalResult, t: int) -> Message:
         """The reply of the whole model without the tensors drawn to be dropped."""
@@ -139,7 +127,7 @@ class FedLP(Method):
         dropped = draw >= self.keep_probability
         values, buffers = self.gathered(result.weights, result.buffers, (~dropped).tolist())
         message = message_of(replace(result, buffers=buffers), values)
-        return replace(message, extras={**message.extras, "dropped": dropped}) if dropped.any() else message
+        return message.plus(dropped=dropped) if dropped.any() else message
 
     def parts_of(self, message: Message) -> Sequence[Sequence[bool]]:
         """Which of `tensors` a message may hold: all that were not dropped, or those that some complexity shares."""
@@ -154,61 +142,36 @@ class FedLP(Method):
     def sizes(self, kept: Sequence[bool]) -> tuple[int, int]:
         """The numbers of (values, statistics) in those of `tensors` that are `kept`."""
         count = len(self.layout.slots)
-        own = chosen(self.layout.slots, kept[:count]), chosen(self.layout.buffer_slots, kept[count:])
-        return tuple(sum(slot.stop - slot.start for slot in slots) for slots in own)
+        own = [keep * (slot.stop - slot.start) for slot, keep in zip(self.tensors, kept, strict=True)]
+        return sum(own[:count]), sum(own[count:])
 
     def accept(self, state, reply: Message, t: int) -> None:
         if "dropped" in reply.extras:
             expect(reply, dropped=len(self.tensors))
         sizes = [self.sizes(kept) for kept in self.parts_of(reply)]
-        statistics = len(reply.extras["buffers"]) if "buffers" in reply.extras else 0
-        found = None if reply.values is None else len(reply.values), statistics
+        found = None if reply.values is None else len(reply.values), len(reply.extras.get("buffers", ()))
         if found not in sizes:
             shown = " or ".join(f"{values} and {buffers}" for values, buffers in sizes)
             raise ValueError(f"values: {found[0]} of them, and {found[1]} buffers; expected {shown}")
 
     def merge(self, state, replies: Replies, t: int):
-        ordered = [(replies[client], self.part_of(replies[client])) for client in sorted(replies)]
-        count = len(self.layout.slots)
-        copies = [(reply.values, kept[:count]) for reply, kept in ordered]
-        none = state.buffers[:0]
-        statistics = [(reply.extras.get("buffers", none), kept[count:]) for reply, kept in ordered]
-        weights = mean_of_copies(state.weights, copies, self.layout.slots)
-        buffers = mean_of_copies(state.buffers, statistics, self.layout.buffer_slots)
+        old = torch.cat([state.weights, state.buffers])
+        total, copies = torch.zeros_like(old, dtype=torch.float64), torch.zeros_like(old, dtype=torch.int64)
+        for client in sorted(replies):
+            reply = replies[client]
+            places = coordinates(self.tensors, self.part_of(reply)).to(old.device)
+            total[places] += torch.cat([reply.values, reply.extras.get("buffers", reply.values[:0])])
+            copies += places
+        new = torch.where(copies > 0, (total / copies).float(), old)
+        weights, buffers = new.split([self.layout.size, self.layout.buffer_size])
         return replace(state, round=t + 1, weights=weights, buffers=buffers)
 
 
-def heads_of(layout: Layout) -> list[bool]:
-    """Which slots of a cut model's layout are its head's."""
-    return [slot.name.startswith("head.") for slot in layout.slots]
+def coordinates(slots: Sequence[Slot], kept: Sequence[bool]) -> Tensor:
+    """Where the kept ones of these tensors lie, all one after the other in one vector: bool, as long as that."""
+    return torch.tensor(kept).repeat_interleave(torch.tensor([slot.stop - slot.start for slot in slots]))
 
 
-def chosen(slots: Sequence[Slot], kept: Iterable[bool]) -> list[Slot]:
-    """Those of `slots` that are `kept`; flags beyond the last slot are of no interest."""
-    return [slot for slot, keep in zip(slots, kept, strict=False) if keep]
-
-
-def gather(vector: Tensor, slots: Sequence[Slot], kept: Iterable[bool]) -> Tensor:
-    """The kept tensors of a flat vector, one after the other."""
-    return torch.cat([vector[:0], *(vector[slot.start : slot.stop] for slot in chosen(slots, kept))])
-
-
-def scatter_(vector: Tensor, values: Tensor, slots: Sequence[Slot], kept: Iterable[bool]) -> None:
-    """The inverse of `gather`: write `values` to the kept tensors' places in `vector`."""
-    places = chosen(slots, kept)
-    parts = values.split([slot.stop - slot.start for slot in places])
-    for slot, part in zip(places, parts, strict=True):
-        vector[slot.start : slot.stop] = part
-
-
-def mean_of_copies(old: Tensor, copies: Sequence[tuple[Tensor, Sequence[bool]]], slots: Sequence[Slot]) -> Tensor:
-    """For each tensor the plain mean of the copies (values, kept) that hold it, in float64; where none does, `old`."""
-    total, new = torch.zeros_like(old, dtype=torch.float64), old.clone()
-    for values, kept in copies:
-        vector = torch.zeros_like(old)
-        scatter_(vector, values, slots, kept)
-        total += vector
-    for slot, kept in zip(slots, zip(*(kept for _, kept in copies), strict=True), strict=True):
-        if any(kept):
-            new[slot.start : slot.stop] = total[slot.start : slot.stop] / sum(kept)
-    return new
+def head_of(layout: Layout) -> Tensor:
+    """Where the head's weights lie in those of a cut model: (n,) bool."""
+    return coordinates(layout.slots, [slot.name.startswith("head.") for slot in layout.slots])

@@ -1,7 +1,5 @@
 """FedMap: one mask for all, shrinking by the same share at every pruning event."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from ..core.sparsity import nested_mask, num_kept

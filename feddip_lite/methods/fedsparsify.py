@@ -1,19 +1,13 @@
 """FedSparsify: purge, merge, tune. `Global` purges the average at the server, `Local` each client its own model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import sparsity_at
 from ..core.settings import integer, setting
 from ..core.sparsity import nested_mask, num_kept
-from ..core.state import Memory
-from .base import About, Method, Replies, expect_mask
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect_mask
 
 
 @dataclass(frozen=True)
@@ -43,18 +37,21 @@ class FedSparsifyGlobal(Method):
         sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, max(self.rounds - 1, 1))
         return num_kept(sparsity, self.layout.prunable)
 
+    def due(self, t: int) -> bool:
+        """Whether round t ends with a purge."""
+        return (t + 1) % self.mask_interval == 0 or t + 1 == self.rounds
+
     def purges(self, t: int) -> bool:
         """Whether round t ends with a purge that takes anything away."""
-        due = (t + 1) % self.mask_interval == 0 or t + 1 == self.rounds
-        return due and self.kept(t) < self.layout.prunable
+        return self.due(t) and self.kept(t) < self.layout.prunable
 
     def merge(self, state, replies: Replies, t: int):
         new = super().merge(state, replies, t)
-        return replace(new, mask=self.next_mask(new.mask, new.weights, replies, t)) if self.purges(t) else new
+        return replace(new, mask=self.next_mask(new, replies, t)) if self.purges(t) else new
 
-    def next_mask(self, mask: Tensor, mean: Tensor, replies: Replies, t: int) -> Tensor:
-        """The mask (P,) after a purge, from the one before and the mean weights (n,)."""
-        return nested_mask(mask, mean[: self.layout.prunable].abs(), self.kept(t))
+    def next_mask(self, new, replies: Replies, t: int) -> Tensor:
+        """The mask (P,) after a purge, from the state `new` before it, whose weights are the mean, and the replies."""
+        return nested_mask(new.mask, new.weights[: self.layout.prunable].abs(), self.kept(t))
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,7 @@ class FedSparsifyLocal(FedSparsifyGlobal):
         plan = super().plan(offer, memory, t)
 
         def tuned(result: LocalResult) -> LocalPlan:
-            magnitudes = result.weights[: self.layout.prunable].abs()
-            mask = torch.ones_like(magnitudes, dtype=torch.bool) if plan.mask is None else plan.mask
-            own = nested_mask(mask, magnitudes, self.kept(t))
+            own = nested_mask(plan.mask, result.weights[: self.layout.prunable].abs(), self.kept(t))
             purged = self.layout.masked(result.weights, own)
             return LocalPlan(purged, own, result.buffers, project=True, epochs=self.tune_epochs)
 
@@ -95,6 +90,6 @@ class FedSparsifyLocal(FedSparsifyGlobal):
         if self.purges(t):
             expect_mask(reply)
 
-    def next_mask(self, mask: Tensor, mean: Tensor, replies: Replies, t: int) -> Tensor:
+    def next_mask(self, new, replies: Replies, t: int) -> Tensor:
         votes = sum(reply.mask.int() for reply in replies.values())
         return votes >= max(len(replies) // 2, 1)

@@ -1,7 +1,5 @@
 """FedTiny: choose among coarsely pruned candidates by what clients measure, then refine the mask bit by bit."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -15,7 +13,7 @@ from ..core.seeds import torch_generator
 from ..core.settings import integer, real, setting
 from ..core.sparsity import erk_densities, layerwise_mask, num_kept, topk_mask
 from ..core.state import Memory
-from .base import About, Method, Replies, account_of, expect, samples_of, weighted_mean
+from .base import About, Method, Replies, account_of, expect, mean_of, samples_of
 from .feddst import replaceable, strength, without_smallest
 
 
@@ -88,10 +86,7 @@ class FedTiny(Method):
         # The weights that any candidate keeps, once, with a byte each that says which: bit c for candidate c.
         code = state.memory["candidates"]
         offer = super().offer(replace(state, mask=code > 0), t, client)
-        extras = {"candidates": code[code > 0]}
-        if "statistics" in state.memory:
-            extras["statistics"] = state.memory["statistics"]
-        return replace(offer, extras={**offer.extras, **extras})
+        return offer.plus(**{**state.memory, "candidates": code[code > 0]})
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         plan = super().plan(offer, memory, t)
@@ -127,8 +122,7 @@ class FedTiny(Method):
         count = replaceable(self.layout, result.mask, self.share(t))
         largest = layerwise_mask(self.layout, strength(result.gradient, ~result.mask), count)
         indices = largest.nonzero().squeeze(1)
-        found = {"indices": indices.int(), "gradients": result.gradient[indices]}
-        return replace(reply, extras={**reply.extras, **found}), memory
+        return reply.plus(indices=indices.int(), gradients=result.gradient[indices]), memory
 
     def measured(self, result: LocalResult, t: int) -> Message:
         """What a client reports of the candidates: their BatchNorm statistics in round 0, if any; else their losses."""
@@ -155,11 +149,10 @@ class FedTiny(Method):
         ordered = {client: replies[client].extras for client in sorted(replies)}
         found = next(iter(ordered.values()))
         if "statistics" in found:
-            mean = weighted_mean((extras["statistics"] for extras in ordered.values()), replies)
+            mean = mean_of(replies, "statistics")
             return replace(state, round=t + 1, memory={**state.memory, "statistics": mean})
         if "losses" in found:
-            losses = weighted_mean((extras["losses"] for extras in ordered.values()), replies)
-            return self.selected(state, int(losses.argmin()))
+            return self.selected(state, int(mean_of(replies, "losses").argmin()))
         new = super().merge(state, replies, t)
         if "gradients" not in found:
             return new

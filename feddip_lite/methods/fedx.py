@@ -1,22 +1,22 @@
 """FedX: the server prunes what is irrelevant to its own reference images."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from ..core.schedules import sparsity_at
 from ..core.settings import integer, one_of, real, setting
-from ..core.sparsity import nested_mask, num_kept
-from .base import About, Method, Replies
+from ..core.sparsity import nested_mask
+from .base import About, Replies
+from .fedsparsify import FedSparsifyGlobal
 from .relevance import gradient_activation, layerwise_relevance
 
 
 @dataclass(frozen=True)
-class FedX(Method):
+class FedX(FedSparsifyGlobal):
     """Masked federated averaging; every `mask_interval` rounds, and at last, the server prunes the average to s_t,
-    keeping the weights that matter most to the scores of its reference images. s_t is cubic and ends at the target.
+    keeping the weights that matter most to the scores of its reference images. s_t is FedSparsify's: cubic, and ends
+    at the target.
 
     A weight's score is the mean over classes of |its relevance to that class's images together|. The reference images
     are labelled training images that no client has: a cost in data and privacy that the other methods do not pay.
@@ -32,8 +32,6 @@ class FedX(Method):
         "sparse uploads; no return of pruned weights",
     )  # fmt: skip
 
-    initial_sparsity: float = 0.0
-    target_sparsity: float = 0.9
     mask_interval: int = 5
     relevance: str = setting(
         "lrp", one_of("lrp", "gradient_activation"), "propagated layer by layer, or weight times gradient of the loss"
@@ -43,32 +41,19 @@ class FedX(Method):
         0.25, real("[0, inf)"), "of the epsilon rule, over the root mean square of a layer's output (assumed)"
     )
 
-    def kept(self, t: int) -> int:
-        """How many weights a mask chosen in round t keeps."""
-        sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, max(self.rounds - 1, 1))
-        return num_kept(sparsity, self.layout.prunable)
+    def due(self, t: int) -> bool:
+        return t % self.mask_interval == 0 or t + 1 == self.rounds
 
-    def prunes(self, t: int) -> bool:
-        """Whether the server chooses a new mask at the end of round t."""
-        due = t % self.mask_interval == 0 or t + 1 == self.rounds
-        return due and self.kept(t) < self.layout.prunable
-
-    def merge(self, state, replies: Replies, t: int):
-        new = super().merge(state, replies, t)
-        return replace(new, mask=nested_mask(new.mask, self.scores(new), self.kept(t))) if self.prunes(t) else new
+    def next_mask(self, new, replies: Replies, t: int) -> Tensor:
+        return nested_mask(new.mask, self.scores(new), self.kept(t))
 
     def scores(self, state) -> Tensor:
         """Relevance (P,) >= 0 of each prunable weight of the sparse model; 0 where it is pruned."""
         model = self.context.scratch()
         model.load(state.weights, state.mask, state.buffers)
         model.module.eval()
+        rules = {"lrp": partial(layerwise_relevance, epsilon=self.epsilon), "gradient_activation": gradient_activation}
         images, labels = self.context.images, self.context.labels
         by_class = zip(images.split(self.reference_per_class), labels.split(self.reference_per_class), strict=True)
-        each = [self.relevance_of(model, *group)[: self.layout.prunable].abs() for group in by_class]
+        each = [rules[self.relevance](model, *group)[: self.layout.prunable].abs() for group in by_class]
         return sum(each) / len(each)
-
-    def relevance_of(self, model, images: Tensor, labels: Tensor) -> Tensor:
-        """Signed relevance (n,) of every weight to these images together."""
-        if self.relevance == "lrp":
-            return layerwise_relevance(model, images, labels, self.epsilon)
-        return gradient_activation(model, images, labels)

@@ -1,18 +1,12 @@
 """MPFL: clients agree on a mask by exchanging masks alone, then train the sparse model from the initial weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalResult
 from ..core.settings import integer, setting
 from ..core.sparsity import nested_mask, num_kept, tie_broken
-from ..core.state import Memory
-from .base import About, Method, Replies, account_of, expect_mask
+from .base import About, LocalResult, Memory, Message, Method, Replies, account_of, expect_mask
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class MPFL(Method):
         """M, with one round left for stage two if there are two."""
         return max(1, min(self.mask_rounds, self.rounds - 1))
 
-    def vote(self, mask: Tensor, scores: Tensor, t: int) -> Tensor:
+    def vote(self, mask: Tensor | None, scores: Tensor, t: int) -> Tensor:
         """The mask (P,) of stage one's round t, nested in `mask`, by `scores` (P,) >= 0."""
         done = t / (self.exchanges - 1) if self.exchanges > 1 else 1.0
         sparsity = self.initial_sparsity + (self.target_sparsity - self.initial_sparsity) * done
@@ -62,8 +56,7 @@ class MPFL(Method):
         if t >= self.exchanges:
             return super().reply(result, memory, t)
         magnitudes = result.weights[: self.layout.prunable].abs()
-        mask = torch.ones_like(magnitudes, dtype=torch.bool) if result.mask is None else result.mask
-        return Message(None, self.vote(mask, magnitudes, t), account_of(result)), memory
+        return Message(None, self.vote(result.mask, magnitudes, t), account_of(result)), memory
 
     def accept(self, state, reply: Message, t: int) -> None:
         if t >= self.exchanges:

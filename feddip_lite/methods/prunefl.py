@@ -1,20 +1,15 @@
 """PruneFL: keep the weights that promise the largest decrease of the loss per second of round time."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import sparsity_at
 from ..core.settings import one_of, real, setting
 from ..core.sparsity import kept_per_layer, layerwise_mask, num_kept
-from ..core.state import Memory
-from .base import About, Method, Replies, expect, mean_buffers, weighted_mean
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect, mean_of
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,7 @@ class PruneFL(Method):
             return reply, memory
         per_step = self.rule == "paper"
         squares = result.squared_gradients / len(result.losses) if per_step else result.gradient.square()
-        extras = {**reply.extras, "squared_gradients": squares[: self.layout.prunable]}
-        return replace(reply, extras=extras), memory
+        return reply.plus(squared_gradients=squares[: self.layout.prunable]), memory
 
     def accept(self, state, reply: Message, t: int) -> None:
         super().accept(state, reply, t)
@@ -113,14 +107,12 @@ class PruneFL(Method):
             expect(reply, squared_gradients=self.layout.prunable)
 
     def merge(self, state, replies: Replies, t: int):
-        weights, mask = self.mean_weights(state, replies), state.mask
-        if self.rule == "paper":  # w <- w + sum_n rho_n (w_n - w*m)
-            sent = self.layout.masked(state.weights, mask)
-            weights = (state.weights.double() + (weights.double() - sent.double())).float()
-        if self.chooses_mask(t):
-            squares = (replies[client].extras["squared_gradients"] for client in sorted(replies))
-            mask = self.best(weights, mask, weighted_mean(squares, replies), t)
-        return replace(state, round=t + 1, weights=weights, buffers=mean_buffers(state, replies), mask=mask)
+        new = super().merge(state, replies, t)
+        if self.rule == "paper":
+            new = replace(new, weights=self.remembered(state, new.weights))
+        if not self.chooses_mask(t):
+            return new
+        return replace(new, mask=self.best(new.weights, new.mask, mean_of(replies, "squared_gradients"), t))
 
     def best(self, weights: Tensor, mask: Tensor, squares: Tensor, t: int) -> Tensor:
         """The mask (P,) of round t: weights in order of their gain while it pays, within `bounds`."""

@@ -1,7 +1,5 @@
 """PruneTrain: group lasso from the start drives groups of weights towards zero, and the weakest are removed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from math import log, sqrt
 
@@ -9,13 +7,10 @@ import torch
 from torch import Tensor
 
 from ..core.flat import Slot
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.schedules import sparsity_at
 from ..core.settings import flag, real, setting
 from ..core.sparsity import nested_mask, num_kept, tie_broken, topk_mask
-from ..core.state import Memory
-from .base import About, Method, Replies, expect_mask
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect_mask
 
 
 @dataclass(frozen=True)

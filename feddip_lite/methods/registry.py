@@ -1,12 +1,9 @@
 """The methods by name. A new one is a class in a file of its own and a line here (or `METHODS["name"] = Class`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
-from ..core.settings import accepted, refuse_unknown
+from ..core.settings import accepted, key_of, refuse_unknown
 from .base import Method
 from .fedavg import FedAvg, FedProx
 from .feddip import FedDIP, FedDP
@@ -20,9 +17,6 @@ from .mpfl import MPFL
 from .prunefl import PruneFL
 from .prunetrain import PruneTrain
 from .snip import SNIP
-
-if TYPE_CHECKING:
-    pass
 
 METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
@@ -50,9 +44,7 @@ def settings_of(name: str, preset: str) -> dict[str, object]:
         ValueError: the method has no such preset.
     """
     method = METHODS[name]
-    if preset not in method.presets:
-        known = ", ".join(method.presets)
-        raise ValueError(f"preset: {preset!r} is not valid for method {name}; expected one of {known}")
+    key_of(method.presets).require("preset", preset, f"method {name}")
     context = {item.name for item in fields(Method)}
     own = {item.name: item.default for item in fields(method) if item.name not in context}
     return own | dict(method.presets[preset])

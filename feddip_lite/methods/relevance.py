@@ -11,8 +11,6 @@ maximum pools (winner takes all), average pools and residual sums need no change
 already. BatchNorm in evaluation mode is an affine layer, its shift a bias.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,19 +1,14 @@
 """SNIP: one mask before training, by connection sensitivity |w * dloss/dw|."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..core.message import Message
-from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import derive
 from ..core.settings import one_of, setting
 from ..core.sparsity import num_kept, topk_mask
-from ..core.state import Memory
-from .base import About, Method, Replies, account_of, expect, weighted_mean
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, account_of, expect, mean_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class SNIP(Method):
         offer = super().offer(state, t, client)
         if t > 0 or self.scored_weights != "xavier":
             return offer
-        return replace(offer, extras={**offer.extras, "weights_seed": torch.tensor([derive(self.seed, "snip")])})
+        return offer.plus(weights_seed=torch.tensor([derive(self.seed, "snip")]))
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         plan = super().plan(offer, memory, t)
@@ -77,6 +72,5 @@ class SNIP(Method):
     def merge(self, state, replies: Replies, t: int):
         if t > 0:
             return super().merge(state, replies, t)
-        scores = weighted_mean((replies[client].extras["scores"] for client in sorted(replies)), replies)
-        mask = topk_mask(scores, num_kept(self.target_sparsity, self.layout.prunable))
+        mask = topk_mask(mean_of(replies, "scores"), num_kept(self.target_sparsity, self.layout.prunable))
         return replace(state, round=1, mask=mask)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from feddip_lite.core.schedules import cosine_at, lr_at, penalty_at, published_penalty_at, sparsity_at
+from feddip_lite import Config
+from feddip_lite.core.schedules import cosine_at, penalty_at, published_penalty_at, sparsity_at
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 1000])
@@ -92,9 +93,10 @@ def test_cosine_starts_at_its_peak_falls_to_half_midway_and_is_0_from_its_end_on
 
 @pytest.mark.parametrize(("t", "value"), [(0, 0.1), (250, 0.0606), (500, 0.0368), (750, 0.0223), (999, 0.0135)])
 def test_exponential_learning_rate_decays_every_round(t, value):
-    assert lr_at(t, lr=0.1, decay=0.998, schedule="exponential", smoothness=None) == pytest.approx(value, abs=5e-5)
+    assert Config(lr=0.1, lr_decay=0.998).lr_at(t) == pytest.approx(value, abs=5e-5)
 
 
 def test_theory_learning_rate_is_one_over_round_times_smoothness():
-    rates = [lr_at(t, lr=0.1, decay=0.998, schedule="theory", smoothness=4.0) for t in range(4)]
+    config = Config(lr_schedule="theory", smoothness=4.0)
+    rates = [config.lr_at(t) for t in range(4)]
     assert rates == [1 / 4, 1 / 8, 1 / 12, 1 / 16]

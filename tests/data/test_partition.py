@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from feddip_lite.data.datasets import partition_dirichlet, partition_iid, partition_pathological
+from feddip_lite.data.partition import partition_dirichlet, partition_iid, partition_pathological
 
 PARTITIONS = {
     "iid": partition_iid,

@@ -203,7 +203,7 @@ def test_first_server_mask_is_the_magnitude_mask_of_dense_uploads(layout, preset
 def test_shortcuts_share_in_erk_and_come_out_dense(width):
     layout = Layout.of(empty_model("resnet18", None, classes=100, width=width, channels=3, size=32))
     over = {what: method_of(layout, erk_over=what).erk_mask(0) for what in ("weights", "prunable")}
-    slots = layout.weight_slots
+    slots = [slot for slot in layout.slots if len(slot.shape) > 1]
     shortcuts = slots[layout.num_prunable :]
     assert [slot.name.split(".")[2] for slot in shortcuts] == ["shortcut"] * 3
     densities = erk_densities([slot.shape for slot in slots], 0.5)

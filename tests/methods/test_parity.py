@@ -9,7 +9,8 @@ import torch
 from feddip_lite.config import Config
 from feddip_lite.core.autograd import Autograd
 from feddip_lite.core.schedules import sparsity_at
-from feddip_lite.data.datasets import Split, dataset_of
+from feddip_lite.data.datasets import dataset_of
+from feddip_lite.data.partition import Split
 from feddip_lite.train.round import run_round
 from feddip_lite.train.setup import prepare
 
