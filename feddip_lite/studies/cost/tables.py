@@ -116,14 +116,12 @@ def flops_table(layout: Layout, samples: int, config, mask) -> pd.DataFrame:
 def clients_table(clients: pd.DataFrame) -> pd.DataFrame:
     """Seconds and peak memory of one client's training, measured, and the memory that is counted, in MiB."""
     rows, counted = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
-    for model in clients["split"].unique():
-        group = clients[clients["split"] == model]
-        for label in group["label"].unique():
-            own, row = group[group["label"] == label], {"model": model, "client of": label}
-            for column, head in (("seconds", "time, seconds"), ("peak_mib", "peak, MiB")):
-                row[head] = f"{own[column].median():.3g}"
-                row[f"{head.split(',')[0]} / FedAvg's"] = _times_dense(group, label, column)
-            rows.append(row | {f"counted: {part}, MiB": f"{own[part].iloc[0] / 2**20:.2f}" for part in counted})
+    for (model, label), own in clients.groupby(["split", "label"], sort=False):
+        group, row = clients[clients["split"] == model], {"model": model, "client of": label}
+        for column, head in (("seconds", "time, seconds"), ("peak_mib", "peak, MiB")):
+            row[head] = f"{own[column].median():.3g}"
+            row[f"{head.split(',')[0]} / FedAvg's"] = _times_dense(group, label, column)
+        rows.append(row | {f"counted: {part}, MiB": f"{own[part].iloc[0] / 2**20:.2f}" for part in counted})
     return pd.DataFrame(rows)
 
 
@@ -157,17 +155,16 @@ def crossings(rows: pd.DataFrame) -> str:
 def reading(clients: pd.DataFrame, times: pd.DataFrame) -> str:
     """Markdown: what sparsity buys, in sentences: training time and memory of clients, and inference."""
     lines = [WHY_NO_TIME, ""]
-    for model in clients["split"].unique():
-        group = clients[clients["split"] == model]
+    for model, group in clients.groupby("split", sort=False):
         said = []
-        for label in [label for label in group["label"].unique() if label != DENSE_CLIENT]:
+        for label in group.loc[group["label"] != DENSE_CLIENT, "label"].unique():
             time, memory = (_times_dense(group, label, column) for column in ("seconds", "peak_mib"))
             said.append(f"{label} takes {time} times FedAvg's time and {memory} times its peak memory")
         lines.append(f"- **{model}**, training: {'; '.join(said)}.")
     never = [
         f"{model} with {_images(batch)}"
         for (model, batch), group in times.groupby(["model", "batch"], sort=False)
-        if crossing(group.to_dict("records")) is None
+        if crossing(group) is None
     ]
     lines += [crossings(times), ""]
     lines += [f"Unstructured sparsity buys no time on this machine for {', '.join(never)}." if never else ""]
@@ -189,7 +186,7 @@ def _images(batch: int) -> str:
 
 
 def _crossing_words(group: pd.DataFrame) -> str:
-    found, top = crossing(group.to_dict("records")), group["sparsity"].max()
+    found, top = crossing(group), group["sparsity"].max()
     if found is None:
         return f"at no sparsity up to {top:g} is a sparse form faster"
     at = group[group["sparsity"] == top].set_index("form")["median"]
