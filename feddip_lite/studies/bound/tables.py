@@ -35,14 +35,11 @@ GAMMAS = {"largest": "", "median": "typical_"}  # prefixes in `summary`
 
 def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """The runs one by one: the theorem's setting first, IID first, then by preset and by R."""
-    order = splits(runs)
-
-    def place(run: pd.DataFrame) -> tuple:
-        first = run.iloc[0]
-        names = (first[name] for name in ("preset", "mask_interval", "seed", "run_id"))
-        return list(SETTINGS).index(first["lr_schedule"]), order.index(first["split"]), *names
-
-    return sorted((run for _, run in runs.groupby("run_id")), key=place)
+    places = {"lr_schedule": list(SETTINGS).index, "split": splits(runs).index}
+    first = runs.drop_duplicates("run_id")
+    first = first.assign(**{name: first[name].map(place) for name, place in places.items()})
+    first = first.sort_values([*places, "preset", "mask_interval", "seed", "run_id"])
+    return [runs[runs["run_id"] == run_id] for run_id in first["run_id"]]
 
 
 def checkpoints(run: pd.DataFrame) -> pd.DataFrame:
@@ -171,18 +168,13 @@ def _pace(runs: pd.DataFrame) -> list[str]:
 
 
 def _shares(run: pd.DataFrame, row: dict, kind: str) -> str:
-    terms = {name: row[GAMMAS[kind] + name] for name in TERMS}
-    ordered = sorted(terms.items(), key=lambda term: -term[1])
-    said = ", ".join(f"{name} {100 * value / sum(terms.values()):.1f} %" for name, value in ordered)
-    crossing = _crossing(run, kind == "median") if terms["drift"] else "nothing drifts"
+    typical = kind == "median"
+    shares, passed = bound_of(run, typical=typical).shares(), overtaking(run, typical=typical)
+    said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(shares.items(), key=lambda own: -own[1]))
+    crossing = "pruning stays below drift" if shares["drift"] else "nothing drifts"
+    if passed is not None and shares["drift"]:
+        crossing = f"pruning exceeds drift from round {passed['round']:.0f} on, at sparsity {passed['sparsity']:.3f}"
     return f"With the {kind} γ ({row[GAMMAS[kind] + 'gamma']:.3g}): {said}; {crossing}. "
-
-
-def _crossing(run: pd.DataFrame, typical: bool) -> str:
-    row = overtaking(run, typical=typical)
-    if row is None:
-        return "pruning stays below drift"
-    return f"pruning exceeds drift from round {row['round']:.0f} on, at sparsity {row['sparsity']:.3f}"
 
 
 def _dominance(rows: pd.DataFrame) -> str:
