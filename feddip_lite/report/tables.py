@@ -54,14 +54,10 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
 
 def circumstances(folder: Path, results: pd.DataFrame) -> str:
     """One line on where the numbers come from: seeds, data, device and versions, from the runs' provenance."""
-    facts = [read_run(folder, run_id)[1]["provenance"] for run_id in results["run_id"].unique()]
-
-    def each(get):
-        return ", ".join(sorted({str(get(fact)) for fact in facts}))
-
+    facts = pd.json_normalize([read_run(folder, run_id)[1]["provenance"] for run_id in results["run_id"].unique()])
     seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    data, device = each(lambda fact: fact["data"]["source"]), each(lambda fact: fact["device"])
-    return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {each(lambda fact: fact['torch'])}."
+    data, device, torch = (", ".join(sorted(facts[name].unique())) for name in ("data.source", "device", "torch"))
+    return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {torch}."
 
 
 def ranking_table(accuracy: pd.DataFrame) -> pd.DataFrame:
