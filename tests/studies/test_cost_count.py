@@ -16,7 +16,6 @@ from feddip_lite.studies.cost.count import (
     flops,
     latency,
     packed_bytes,
-    published_cost,
     training_flops,
 )
 
@@ -128,14 +127,6 @@ def test_packed_bytes_are_the_length_of_the_message_and_a_full_mask_is_free():
     assert packed_bytes(layout, state) == len(encode(message)) == num_bytes(message)
     dense = replace(state, mask=torch.ones_like(state.mask))
     assert packed_bytes(layout, dense) == len(encode(Message(state.weights, None, {"buffers": state.buffers})))
-
-
-def test_published_cost_by_hand():
-    # LeNet-5, five participants: 9.42 in the published unit each way when dense (algorithm's 18.8 for both).
-    up, down = published_cost(61706, 5, 0.0)
-    assert up == down == 5 * 4 * 61706
-    assert (up + down) * 8 / 2**20 == pytest.approx(18.83, abs=0.01)
-    assert published_cost(1000, 5, 0.75) == (20000, 5000)
 
 
 def test_latency_times_every_module_in_evaluation_mode():

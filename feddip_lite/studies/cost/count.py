@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ...config import Config
 from ...core.flat import Layout
-from ...core.message import Message, encode
+from ...core.message import num_bytes
+from ...core.sparsity import kept_per_layer
 from ...core.state import ServerState
+from ...methods.base import Method
 
 
 def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:
@@ -38,12 +40,11 @@ def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:
     convolutions = [slot for slot in layout.slots if len(slot.shape) == 4]
     if convolutions and all(slot.uses == 1 for slot in convolutions):
         raise ValueError("layout: uses are unknown; expected one made with image_shape")
-    counts = {}
-    for slot in layout.weight_slots:
-        prunable = mask is not None and slot.stop <= layout.prunable
-        kept = int(mask[slot.start : slot.stop].sum()) if prunable else prod(slot.shape)
-        counts[slot.name] = 2 * slot.uses * kept
-    return counts
+    kept = {slot.name: prod(slot.shape) for slot in layout.weight_slots}
+    if mask is not None:
+        names = [slot.name for slot in layout.prunable_slots]
+        kept |= dict(zip(names, kept_per_layer(layout, mask), strict=True))
+    return {slot.name: 2 * slot.uses * kept[slot.name] for slot in layout.weight_slots}
 
 
 def training_flops(
@@ -123,26 +124,7 @@ def client_memory(
 def packed_bytes(layout: Layout, state: ServerState) -> int:
     """Size of the sparse model w*m as a message: kept values, the mask's code (which is the indices), BatchNorm
     statistics, header and checksum. Bytes, the length of `encode`'s form; a full mask does not travel."""
-    mask = None if bool(state.mask.all()) else state.mask
-    extras = {"buffers": state.buffers} if len(state.buffers) else {}
-    return len(encode(Message(layout.pack(state.weights, mask), mask, extras)))
-
-
-def published_cost(size: int, participants: int, sparsity: float) -> tuple[float, float]:
-    """(up, down) of one round by the published formula, in bytes: 4 * n * K * (1 - share of zeros), of which dense
-    uploads have none.
-
-    The published files hold the same in bits / 2^20 (D21): times 8 / 2^20. Unlike the bytes of our messages it counts
-    no mask, applies the sparsity to weights that are never pruned, and charges the download at the target of the
-    present round although the mask is older (D22).
-
-    Args:
-        size: n, all weights of the model. participants: K.
-        sparsity: s_t, the target of the round (`schedules.sparsity_at`), in [0, 1]; 0 = dense.
-
-    Source: published code `functions_new.comm_costs_in_mb`, `fl_server.py`.
-    """
-    return 4.0 * size * participants, 4.0 * size * participants * (1 - sparsity)
+    return num_bytes(Method(layout, rounds=1, seed=0).offer(state, 0, 0))
 
 
 def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30) -> dict[str, dict[str, float]]:

@@ -85,7 +85,7 @@ def sizes(state: ServerState, data: Dataset, config: Config) -> dict[str, float]
     layout = Layout.of(module, image_shape=tuple(data.train_images.shape[1:]))
     files = [len(model_file(layout, each.weights, each.mask, each.buffers)) for each in (state, dense)]
     return {
-        "sparsity": 1 - density(state.mask.float()),
+        "sparsity": 1 - density(state.mask),
         "weights": layout.size,
         "prunable": layout.prunable,
         "kept": int(state.mask.sum()),
@@ -153,11 +153,8 @@ def num_weights(module: nn.Module) -> int:
 def inference_rows(
     module: nn.Module, data: Dataset, layers: Sequence[Mapping], batches: Sequence[int], repeats: int = 30
 ) -> list[dict]:
-    """Times of a pruned model's forms for several `batches`, numbers of test images: `model_rows` with `batch`.
-
-    Args:
-        layers: rows of `layer_rows` with the `batch` of each; at its crossing a linear layer becomes CSR.
-    """
+    """Times of a pruned model's forms for several `batches`, numbers of test images: `model_rows` with `batch`. At the
+    crossing of `layers`, rows of `layer_rows` with the `batch` of each, a linear layer becomes CSR."""
     layers, rows = pd.DataFrame(layers), []
     for batch in batches:
         images = normalise(data.test_images[:batch], data)

@@ -131,12 +131,8 @@ class CSRLinear(nn.Module):
 
 
 def to_csr(module: nn.Module, from_sparsity: float = 0.9) -> nn.Module:
-    """A copy of `module`, in evaluation mode, whose linear layers of that sparsity or more are `CSRLinear`.
-
-    Args:
-        module: any; unchanged.
-        from_sparsity: share of zeros in a layer's weight, in [0, 1]; `measure.layer_rows` measures which pays off.
-    """
+    """A copy of `module`, in evaluation mode, whose linear layers are `CSRLinear` from that share of zeros on, which is
+    in [0, 1]; `measure.layer_rows` measures which pays off."""
     copy = nn.Sequential(deepcopy(module)).eval()  # so that a single linear layer has an owner, too
     for path, layer in list(copy.named_modules()):
         if isinstance(layer, nn.Linear) and float((layer.weight == 0).double().mean()) >= from_sparsity:
