@@ -156,11 +156,7 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
 
 def averaged(results: pd.DataFrame, x: str, y: str, window: int = 1) -> pd.DataFrame:
     """What `style.lines` draws of `results`, and the `label` and number `n` of seeds of each line; `window` rows
-    together are one mean.
-
-    Raises:
-        ValueError: a label has two runs under one seed ("duplicate").
-    """
+    together are one mean. ValueError ("duplicate") if a label has two runs under one seed."""
     if x == "round":  # a masked upload is the same model for fewer bytes
         results = results[results["changed"] != "upload"]
     smooth = results.groupby("run_id")[y].transform(lambda own: own.rolling(window, min_periods=1).mean().ffill())

@@ -169,8 +169,7 @@ def label_heatmaps(panels: Mapping[str, np.ndarray], title: str) -> Figure:
     figure, axes = grid(1, len(panels), 3.0, 3.0 * len(panels))
     largest = max(counts.max() for counts in panels.values())
     for panel, (name, counts) in zip(axes[0], panels.items(), strict=True):
-        last = panel is axes[0][-1]
-        bar = {"cbar": last, "cbar_kws": {"label": "training samples"}} if last else {"cbar": False}
+        bar = {"cbar": panel is axes[0][-1], "cbar_kws": {"label": "training samples"}}
         sns.heatmap(counts, cmap="YlGnBu", vmin=0, vmax=largest, ax=panel, **bar)
         panel.set(title=name, xlabel="client")
     axes[0][0].set_ylabel("class")

@@ -168,13 +168,11 @@ def legend(place: Figure | Axes, looks: Mapping[str, Mapping], **where) -> None:
 
 def family_legend(figure: Figure, families: Sequence[str]) -> None:
     """Below all panels, which colours the methods of a family have."""
-    dots = {
-        name: [Line2D([], [], color=own, marker="o", ls="none") for own in FAMILY_COLOURS[name]] for name in families
-    }
-    handles = [tuple(own) for own in dots.values()]
+    colours = [FAMILY_COLOURS[name] for name in families]
+    dots = [tuple(Line2D([], [], color=each, marker="o", ls="none") for each in own) for own in colours]
     together = {tuple: HandlerTuple(ndivide=None, pad=0.2)}
     where = {"loc": "outside lower center", "ncols": len(families), "handlelength": 4}
-    figure.legend(handles, list(dots), handler_map=together, **where)
+    figure.legend(dots, families, handler_map=together, **where)
 
 
 def headed(figure: Figure, *words: str) -> None:

@@ -6,6 +6,7 @@ Notebooks show a table with `captioned`; `tools/publish.py` writes tables into R
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +55,10 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
 
 def circumstances(folder: Path, results: pd.DataFrame) -> str:
     """One line on where the numbers come from: seeds, data, device and versions, from the runs' provenance."""
-    facts = [read_run(folder, run_id)[1]["provenance"] for run_id in results["run_id"].unique()]
-
-    def each(get):
-        return ", ".join(sorted({str(get(fact)) for fact in facts}))
-
+    facts = pd.json_normalize([read_run(folder, run_id)[1]["provenance"] for run_id in results["run_id"].unique()])
     seeds = ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    data, device = each(lambda fact: fact["data"]["source"]), each(lambda fact: fact["device"])
-    return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {each(lambda fact: fact['torch'])}."
+    data, device, torch = (", ".join(sorted(facts[name].unique())) for name in ("data.source", "device", "torch"))
+    return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {torch}."
 
 
 def ranking_table(accuracy: pd.DataFrame) -> pd.DataFrame:
@@ -72,25 +69,13 @@ def ranking_table(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 def methods_table() -> pd.DataFrame:
     """A row per method: what it is, how many lines its class has, its presets and its source."""
-    rows = []
+    order, rows = "name method family mask_from scope regrows step up down lines presets source", []
     for name, method in METHODS.items():
-        about = method.about
-        words = {
-            "name": name,
-            "method": title_of(name),
-            "family": about.family,
-            "mask from": about.mask_from,
-            "scope": about.scope,
-            "regrows": "yes" if about.regrows else "no",
-            "client step": about.step,
-            "up": about.up,
-            "down": about.down,
-            "lines": _lines_of(method),
-            "presets": ", ".join(method.presets),
-            "source": about.source,
-        }
-        rows.append({head: word or "-" for head, word in words.items()})
-    return pd.DataFrame(rows)
+        own = {"name": name, "method": title_of(name), "lines": _lines_of(method), "presets": ", ".join(method.presets)}
+        rows.append(asdict(method.about) | own)
+    table = pd.DataFrame(rows)[order.split()].replace({"": "-"})
+    table["regrows"] = table["regrows"].map({True: "yes", False: "no"})
+    return table.rename(columns={"mask_from": "mask from", "step": "client step"})
 
 
 def assumptions() -> str:
@@ -102,12 +87,12 @@ def assumptions() -> str:
 
 def settings_table(path: Path) -> pd.DataFrame:
     """A row per setting of each method and preset, with its value and source, from `params/methods.yaml`."""
-    rows = []
-    for name, presets in yaml.safe_load(path.read_text()).items():
-        for preset, settings in presets.items():
-            for setting, (value, source) in settings.items():
-                value = "from another" if value is None else str(value)
-                rows.append((title_of(name), preset, setting, value, source))
+    rows = [
+        (title_of(name), preset, setting, "from another" if value is None else str(value), source)
+        for name, presets in yaml.safe_load(path.read_text()).items()
+        for preset, settings in presets.items()
+        for setting, (value, source) in settings.items()
+    ]
     return pd.DataFrame(rows, columns=["method", "preset", "setting", "value", "source"])
 
 

@@ -132,14 +132,11 @@ def summaries(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per run: `headline`'s; `mask_overlap`, the mean over the rows that choose a mask, without the first, which
     replaces the mask that the run began with; and `end_minus_best`, the mean accuracy of the last ten evaluated rounds
     minus that of the best ten in a row. NaN of a run that diverged."""
-    rows = headline(runs).set_index("run_id")
-    for run_id, run in runs.groupby("run_id"):
-        accuracy = run.sort_values("round")["accuracy"]
-        best = accuracy.rolling(min(HEADLINE_ROWS, len(accuracy))).mean().max()
-        rows.loc[run_id, "end_minus_best"] = rows.loc[run_id, "accuracy"] - best
-        if not rows.loc[run_id, "diverged"]:
-            rows.loc[run_id, "mask_overlap"] = rows_choosing_masks(run)["mask_overlap"].iloc[1:].mean()
-    return rows
+    rows, chosen = headline(runs).set_index("run_id"), rows_choosing_masks(runs)
+    accuracy = runs.sort_values("round").groupby("run_id")["accuracy"]
+    best = accuracy.agg(lambda own: own.rolling(min(HEADLINE_ROWS, len(own))).mean().max())
+    replaced = chosen[chosen.groupby("run_id").cumcount() > 0].groupby("run_id")["mask_overlap"].mean()
+    return rows.assign(end_minus_best=rows["accuracy"] - best, mask_overlap=replaced)
 
 
 def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | list[float]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..core.plan import LocalPlan, LocalResult
 from ..core.state import EMPTY
 from ..methods.base import samples_of, weighted_mean
 from ..records.names import labels, splits
@@ -37,16 +38,19 @@ class Merging(Trajectory):
 
     def round_columns(self, run: Run, record: RoundRecord) -> dict[str, float]:
         exchange, state, t = record.exchange, record.exchange.before, record.round
-        plans = [
-            run.method.plan(exchange.offers[client], state.memories.get(client, EMPTY), t)
-            for client in exchange.results
-        ]
+        offers, memories, layout = exchange.offers, state.memories, run.method.layout
+        plans = [run.method.plan(offers[client], memories.get(client, EMPTY), t) for client in exchange.results]
         trained = list(exchange.results.values())
-        starts, ends = (torch.stack([_sparse(each.weights, each.mask) for each in them]) for them in (plans, trained))
+        full = torch.ones_like(state.mask)
+
+        def sparse(each: LocalPlan | LocalResult) -> Tensor:
+            return layout.masked(each.weights, full if each.mask is None else each.mask)
+
+        starts, ends = (torch.stack([*map(sparse, models)]) for models in (plans, trained))
         buffers = [result.buffers for result in trained]
 
         def accuracy(weights: Tensor, buffers: Tensor) -> float:
-            model = replace(state, weights=weights, buffers=buffers, mask=torch.ones_like(state.mask))
+            model = replace(state, weights=weights, buffers=buffers, mask=full)
             return evaluate_state(model, run.clients)["accuracy"]
 
         shares = torch.tensor(list(samples_of(exchange.replies).values())).double().to(ends.device)
@@ -92,11 +96,3 @@ def merging_table(runs: pd.DataFrame) -> pd.DataFrame:
             row |= {"mean accuracy of local models": quantity(own["members_accuracy"])}
             rows.append(row | {"accuracy of their mean, minus that": quantity(own["merging_gain"], sign="+")})
     return pd.DataFrame(rows)
-
-
-def _sparse(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """w * m, a new vector (n,)."""
-    sparse = weights.clone()
-    if mask is not None:
-        sparse[: len(mask)] *= mask
-    return sparse

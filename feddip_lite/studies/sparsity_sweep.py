@@ -51,7 +51,8 @@ def sweep_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
     names, won, rows = labels(runs), gains(runs), []
     for sparsity, group in runs.groupby("target_sparsity"):
-        accuracies = {name: quantity(_values(group, name)) for name in names}
+        group = group.sort_values("seed")
+        accuracies = {name: quantity(group.loc[group["label"] == name, "accuracy"]) for name in names}
         gain = quantity(won.get(sparsity, []), sign="+")
         rows.append({"target sparsity": f"{sparsity:g}", **accuracies, "FedDIP - FedDP": gain})
     return pd.DataFrame(rows)
@@ -158,10 +159,6 @@ def _variants(runs: pd.DataFrame) -> dict[str, np.ndarray]:
     named = runs.assign(label=runs["variant"])
     names = sorted(named["variant"].unique(), key=lambda name: (name != "FedDIP", "decay" in name, name))
     return {name: paired(named, name, "FedDIP") if name != "FedDIP" else np.empty(0) for name in names}
-
-
-def _values(runs: pd.DataFrame, label: str) -> np.ndarray:
-    return runs[runs["label"] == label].sort_values("seed")["accuracy"].to_numpy()
 
 
 def _headed(figure: Figure, runs: pd.DataFrame, title: str, more: str) -> None:

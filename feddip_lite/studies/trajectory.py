@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ import pandas as pd
 from ..config import Config
 from ..core.sparsity import density
 from ..records.catalogue import data_root
-from ..records.store import read_run, save_table
+from ..records.store import save_table
 from ..train.observe import Observer, Run
 from ..train.recording import Recording, facts_of
 from ..train.round import RoundRecord
@@ -72,16 +73,12 @@ class Trajectory(Observer):
         self.rows(run).append(row)
 
 
+@dataclass(frozen=True)
 class Table(Recording):
     """The record of a trajectory: `<run_id>.csv` with its rows, and `.json`; `about` is recorded, too."""
 
-    def __init__(self, folder: Path, trajectory: Trajectory, about: Mapping):
-        super().__init__(Path(folder))
-        self.trajectory, self.about = trajectory, about
-
-    def stored(self, config: Config) -> pd.DataFrame | None:
-        stored = read_run(self.folder, config.run_id)
-        return None if stored is None else stored[0]
+    trajectory: Trajectory
+    about: Mapping
 
     def save(self, run: Run, diverged: Mapping | None = None) -> None:
         if diverged:  # there is no bound, and no merging, to speak of

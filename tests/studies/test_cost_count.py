@@ -16,7 +16,6 @@ from feddip_lite.studies.cost.count import (
     flops,
     latency,
     packed_bytes,
-    published_cost,
     training_flops,
 )
 
@@ -87,8 +86,6 @@ def test_training_flops_by_hand_and_error_feedback_keeps_the_weight_gradient_den
     assert sparse["weight_gradient"] == sparse["forward"] == 20 * sum(flops(layout, mask).values())
     assert feedback == {**sparse, "weight_gradient": dense["weight_gradient"], "total": feedback["total"]}
     assert feedback["total"] == sum(value for name, value in feedback.items() if name != "total")
-    with pytest.raises(ValueError, match="samples: -1"):
-        training_flops(layout, config, -1)
 
 
 def test_activations_kept_by_hand():
@@ -120,8 +117,6 @@ def test_client_memory_counts_the_vectors_a_client_needs():
     assert total() == 8 * layout.size
     assert total(mask) == 8 * layout.size + layout.prunable
     assert total(mask, error_feedback=True) == 12 * layout.size + layout.prunable
-    with pytest.raises(ValueError, match="error_feedback: needs a mask"):
-        client_memory(module, layout, images, error_feedback=True)
 
 
 def test_packed_bytes_are_the_length_of_the_message_and_a_full_mask_is_free():
@@ -134,21 +129,9 @@ def test_packed_bytes_are_the_length_of_the_message_and_a_full_mask_is_free():
     assert packed_bytes(layout, dense) == len(encode(Message(state.weights, None, {"buffers": state.buffers})))
 
 
-def test_published_cost_by_hand():
-    # LeNet-5, five participants: 9.42 in the published unit each way when dense (algorithm's 18.8 for both).
-    up, down = published_cost(61706, 5, 0.0)
-    assert up == down == 5 * 4 * 61706
-    assert (up + down) * 8 / 2**20 == pytest.approx(18.83, abs=0.01)
-    assert published_cost(1000, 5, 0.75, upload_sparsity=0.5) == (10000, 5000)
-    with pytest.raises(ValueError, match="sparsity: 1.5"):
-        published_cost(10, 1, 1.5)
-
-
 def test_latency_times_every_module_in_evaluation_mode():
     modules = {"a": nn.Linear(4, 4), "b": nn.Dropout(0.5).train()}
     times = latency(modules, torch.rand(2, 4), repeats=5)
     assert list(times) == ["a", "b"]
-    assert all(0 < t.lower <= t.median <= t.upper for t in times.values())
+    assert all(0 < t["lower"] <= t["median"] <= t["upper"] for t in times.values())
     assert not modules["b"].training
-    with pytest.raises(ValueError, match="repeats: 0"):
-        latency(modules, torch.rand(2, 4), repeats=0)

@@ -4,6 +4,7 @@ called faster is."""
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from conftest import FAST, tiny_config
@@ -44,11 +45,11 @@ SHARED = {"erk": "shared"}
 
 def rows_of(**forms):
     """Rows of three sparsities: `dense=[(1, 2), ...]` are the quartiles at each."""
-    return [
+    return pd.DataFrame(
         {"sparsity": sparsity, "form": form, "lower": lower, "median": (lower + upper) / 2, "upper": upper}
         for form, quartiles in forms.items()
         for sparsity, (lower, upper) in zip((0.5, 0.9, 0.99), quartiles, strict=True)
-    ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def rows_of(**forms):
 def test_sparse_is_faster_from_the_sparsity_on_where_its_quartiles_stay_below(sparse, expected):
     rows = rows_of(dense=[(3, 4)] * 3, csr=sparse)
     assert crossing(rows) == crossing(rows[::-1]) == expected
-    slower = [{**row, "form": "both", "lower": 9, "upper": 9} for row in rows_of(dense=[(3, 4)] * 3)]
-    assert crossing(rows + slower) == expected
+    slower = rows_of(both=[(9, 9)] * 3)
+    assert crossing(pd.concat([rows, slower])) == expected
 
 
 def test_without_a_sparse_form_dense_is_never_beaten():
@@ -170,7 +171,7 @@ def test_resnet_is_timed_dense_and_with_a_sparse_head_alone():
 
 
 def test_each_batch_size_is_timed_with_csr_where_its_layer_wins():
-    wins = [{"batch": 2, **row} for row in rows_of(dense=[(3, 4)] * 3, csr=[(1, 2)] * 3)]
+    wins = rows_of(dense=[(3, 4)] * 3, csr=[(1, 2)] * 3).assign(batch=2).to_dict("records")
     state, data = untouched(tiny_config(width=0.5))
     rows = inference_rows(lenet(dead=False, sparse=True), data, wins, (1, 2), repeats=1)
     forms = {batch: {row["form"] for row in rows if row["batch"] == batch} for batch in (1, 2)}

@@ -166,8 +166,6 @@ def test_only_layers_sparse_enough_become_csr():
         layer.weight[:, :2] = 0
     assert isinstance(to_csr(layer, 0.5), CSRLinear)
     assert isinstance(to_csr(layer, 0.51), nn.Linear)
-    with pytest.raises(ValueError, match="from_sparsity"):
-        to_csr(layer, 1.5)
 
 
 def test_csr_keeps_eight_bytes_per_weight_and_works_without_bias():

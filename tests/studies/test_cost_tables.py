@@ -71,6 +71,13 @@ def test_the_published_formula_is_dense_up_and_at_the_target_down_and_only_where
     assert cells(bytes_table(runs), "FedDIP (upload = masked)")[-1] == "-"
 
 
+def test_the_published_formula_gives_the_published_number():
+    run = {"dataset": "fashionmnist", "model": "lenet5", "width": 1.0, "clients_per_round": 5, "rounds": 1}
+    (cost,) = published_bytes(pd.DataFrame([{**run, "initial_sparsity": None}])).to_numpy()
+    assert cost.tolist() == [5 * 4 * 61706] * 2
+    assert cost.sum() * 8 / 2**20 == pytest.approx(18.83, abs=0.01)  # 9.42 in the published unit each way when dense
+
+
 def test_flops_of_a_round_part_by_part():
     config, layout = tiny_config(), Layout.of(untrained("digits", "lenet5", 0.3), image_shape=(1, 28, 28))
     mask = torch.arange(layout.prunable) % 4 == 0

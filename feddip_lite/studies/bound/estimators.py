@@ -213,7 +213,7 @@ class Bound:
 
 
 def assemble(
-    path: Sequence[Estimates], distances: Iterable[float], *, participants: int, steps: int, gamma: float | None = None,
+    path: Sequence[Estimates], distances: Iterable[float], *, participants: int, steps: int, gamma: float,
     smooth: float = 0.0, printed: bool = False,
 ) -> Bound:  # fmt: skip
     """A run's bound from its checkpoints, evenly spread: the mean of the left side, the largest of each constant.
@@ -228,19 +228,13 @@ def assemble(
 
     Args:
         distances: sqrt(delta_t) ||w_t|| [W] of every round. participants: K. steps: E_l, local steps, not epochs.
-        gamma: in place of the largest finite one; counts as 1 if below. smooth: the learning rate's L, if larger.
-
-    Raises:
-        ValueError: gamma is not finite, or at no checkpoint.
+        gamma: finite; counts as 1 if below. smooth: the learning rate's L, if larger.
     """
 
     def largest(*names: str) -> float:
         found = [getattr(each, name) for each in path for name in names]
         return max(filter(math.isfinite, found), default=math.inf)
 
-    gamma = largest("dispersion") if gamma is None else gamma
-    if not math.isfinite(gamma):
-        raise ValueError(f"gamma: {gamma} is not valid, or so at every checkpoint; expected a finite number")
     losses, gamma, smooth = [each.loss for each in path], max(gamma, 1.0), max(smooth, largest("sharpness", "secant"))
     pruning = 2 * smooth * largest("lipschitz", "pruning_lipschitz") * sum(distances)
     noise = math.pi**2 / 6 * largest("variance") / participants

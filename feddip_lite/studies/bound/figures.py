@@ -135,8 +135,8 @@ def shares(runs: pd.DataFrame, title: str) -> Figure:
     figure, axes = style.grid(1, 2, 0.3 * len(GAMMAS) * len(each) + 0.6)
     for panel, printed in zip(axes[0], (False, True), strict=True):
         found = {
-            f"{name}, {gamma} $\\gamma$": bound_of(run, typical=gamma == "median", printed=printed).shares()
-            for run, name in each for gamma in GAMMAS
+            f"{name}, {gamma} $\\gamma$": bound_of(run, typical=typical, printed=printed).shares()
+            for run, name in each for gamma, typical in GAMMAS.items()
         }  # fmt: skip
         table = 100 * pd.DataFrame(found).T[list(TERMS)]
         words = table.map(lambda share: f"{share:.1f}" if share >= 0.05 else "< 0.1" if share else "-")

@@ -13,7 +13,6 @@ import pandas as pd
 
 from ...config import Config
 from ...train.observe import Run
-from ...train.round import Clients
 from .. import trajectory
 from .estimators import Estimates, estimate, pruning_distance
 
@@ -25,10 +24,8 @@ SAMPLING = {"batches": 20, "curvature_samples": 1024, "iterations": 30}
 
 
 class BoundPath(trajectory.Trajectory):
-    """The terms of the bound at the states of a run.
-
-    `progress` shows a bar for each set of estimates; `sampling` as SAMPLING.
-    """
+    """The terms of the bound at the states of a run. `progress` shows a bar for each set of estimates; `sampling` as
+    SAMPLING."""
 
     columns = PATH_COLUMNS[len(trajectory.STATE_COLUMNS) : -1]
 
@@ -38,7 +35,8 @@ class BoundPath(trajectory.Trajectory):
     def state_columns(self, run: Run, due: bool) -> dict[str, float]:
         state, config = run.state, run.config
         error, distance = pruning_distance(state.weights[: len(state.mask)], state.mask)
-        row = {"local_steps": _most_steps(run.clients, config), "pruning_error": error, "pruning_distance": distance}
+        steps = config.local_epochs * max(-(-len(shard) // config.batch_size) for shard in run.clients.train)
+        row = {"local_steps": steps, "pruning_error": error, "pruning_distance": distance}
         if not due:
             return row
         strength = run.method.penalty(state.round)
@@ -48,27 +46,13 @@ class BoundPath(trajectory.Trajectory):
 
 
 def record_path(config: Config, folder: str | Path, *, progress: bool = True, **sampling) -> pd.DataFrame:
-    """`record_trajectory` of a `BoundPath`; `sampling` changes SAMPLING, is recorded, but no part of the run's id.
-
-    Returns:
-        T + 1 rows of PATH_COLUMNS.
-
-    Raises:
-        ValueError: bad input or damaged files; a loss is not finite. ClientFailure: as `run`.
-    """
+    """`record_trajectory` of a `BoundPath`: T + 1 rows of PATH_COLUMNS, and its errors. `sampling` changes SAMPLING, is
+    recorded, but no part of the run's id."""
     sampling = {**SAMPLING, **sampling}
     path = BoundPath(progress, **sampling)
-    return trajectory.record_trajectory(config, folder, path, objective=objective(config), estimates=sampling)
-
-
-def objective(config: Config) -> str:
-    """In words, what f is in a run of this configuration."""
-    return "cross-entropy + penalty + weight decay" if _theory(config) else "cross-entropy"
+    objective = "cross-entropy" + " + penalty + weight decay" * _theory(config)
+    return trajectory.record_trajectory(config, folder, path, objective=objective, estimates=sampling)
 
 
 def _theory(config: Config) -> bool:
     return config.lr_schedule == "theory"
-
-
-def _most_steps(clients: Clients, config: Config) -> int:
-    return config.local_epochs * max(-(-len(shard) // config.batch_size) for shard in clients.train)

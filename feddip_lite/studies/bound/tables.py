@@ -30,19 +30,16 @@ CONSTANTS = {
 }
 """Columns of `summary`, and what they are called in `estimates_table`."""
 REMOVED = "Σ√δ‖w‖ [W]"
-GAMMAS = {"largest": "", "median": "typical_"}  # prefixes in `summary`
+GAMMAS = {"largest": False, "median": True}  # what `bound_of` is told
 
 
 def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """The runs one by one: the theorem's setting first, IID first, then by preset and by R."""
-    order = splits(runs)
-
-    def place(run: pd.DataFrame) -> tuple:
-        first = run.iloc[0]
-        names = (first[name] for name in ("preset", "mask_interval", "seed", "run_id"))
-        return list(SETTINGS).index(first["lr_schedule"]), order.index(first["split"]), *names
-
-    return sorted((run for _, run in runs.groupby("run_id")), key=place)
+    places = {"lr_schedule": list(SETTINGS).index, "split": splits(runs).index}
+    first = runs.drop_duplicates("run_id")
+    first = first.assign(**{name: first[name].map(place) for name, place in places.items()})
+    first = first.sort_values([*places, "preset", "mask_interval", "seed", "run_id"])
+    return [runs[runs["run_id"] == run_id] for run_id in first["run_id"]]
 
 
 def checkpoints(run: pd.DataFrame) -> pd.DataFrame:
@@ -92,7 +89,7 @@ def overtaking(run: pd.DataFrame, *, typical: bool) -> pd.Series | None:
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per run: its name, the largest value of each constant, the sum of sqrt(delta) ||w|| (`removed`), how often
-    noise hides gamma, what pruning is charged over what it costs, and the consistent bound for both gammas."""
+    noise hides gamma, what pruning is charged over what it costs, and the consistent bound for the largest gamma."""
     rows = []
     for run in each_run(runs):
         first, points = run.iloc[0], checkpoints(run)
@@ -105,7 +102,6 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         row |= {"hidden": int(np.isinf(points["dispersion"]).sum()), "checkpoints": len(points)}
         row |= {"removed": removed_so_far(run).iloc[-1], "accuracy": points["accuracy"].iloc[-1]}
         row |= {"overcharged": (row["lipschitz"] / points["pruning_lipschitz"]).median()}
-        row |= {f"typical_{name}": value for name, value in asdict(bound_of(run, typical=True)).items()}
         rows.append(row | asdict(bound_of(run)))
     return pd.DataFrame(rows)
 
@@ -148,9 +144,9 @@ def reading(runs: pd.DataFrame) -> str:
         right = sum(row[name] for name in TERMS)
         line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.3g} times the left, its "
         line += f"first term alone {row['initial'] / row['left']:.3g} times. "
-        line += "".join(_shares(run, row, kind) for kind in GAMMAS)
+        line += "".join(_shares(run, kind) for kind in GAMMAS)
         lines.append(line + f"μ charges {row['overcharged']:.3g} times what pruning really does to f (median).")
-    return "\n\n".join(["\n".join(lines), _dominance(summary(runs)), *_pace(runs)])
+    return "\n\n".join(["\n".join(lines), _dominance(runs), *_pace(runs)])
 
 
 def _pace(runs: pd.DataFrame) -> list[str]:
@@ -170,25 +166,21 @@ def _pace(runs: pd.DataFrame) -> list[str]:
     return said
 
 
-def _shares(run: pd.DataFrame, row: dict, kind: str) -> str:
-    terms = {name: row[GAMMAS[kind] + name] for name in TERMS}
-    ordered = sorted(terms.items(), key=lambda term: -term[1])
-    said = ", ".join(f"{name} {100 * value / sum(terms.values()):.1f} %" for name, value in ordered)
-    crossing = _crossing(run, kind == "median") if terms["drift"] else "nothing drifts"
-    return f"With the {kind} γ ({row[GAMMAS[kind] + 'gamma']:.3g}): {said}; {crossing}. "
+def _shares(run: pd.DataFrame, kind: str) -> str:
+    typical = GAMMAS[kind]
+    shares, passed = bound_of(run, typical=typical).shares(), overtaking(run, typical=typical)
+    said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(shares.items(), key=lambda own: -own[1]))
+    crossing = "pruning stays below drift" if shares["drift"] else "nothing drifts"
+    if passed is not None and shares["drift"]:
+        crossing = f"pruning exceeds drift from round {passed['round']:.0f} on, at sparsity {passed['sparsity']:.3f}"
+    return f"With the {kind} γ ({gamma_of(run, typical):.3g}): {said}; {crossing}. "
 
 
-def _crossing(run: pd.DataFrame, typical: bool) -> str:
-    row = overtaking(run, typical=typical)
-    if row is None:
-        return "pruning stays below drift"
-    return f"pruning exceeds drift from round {row['round']:.0f} on, at sparsity {row['sparsity']:.3f}"
-
-
-def _dominance(rows: pd.DataFrame) -> str:
-    said = []
-    for kind, prefix in GAMMAS.items():
-        first = rows[[prefix + name for name in TERMS]].idxmax(axis=1).str.removeprefix(prefix)
-        counts = {name: int((first == name).sum()) for name in TERMS}
-        said.append(f"with the {kind} γ " + ", ".join(f"{name} in {count}" for name, count in counts.items() if count))
-    return f"The largest term of {len(rows)} runs: {'; '.join(said)}. Drift is what heterogeneity costs."
+def _dominance(runs: pd.DataFrame) -> str:
+    each, said = each_run(runs), []
+    for kind, typical in GAMMAS.items():
+        shares = [bound_of(run, typical=typical).shares() for run in each]
+        first = [max(own, key=own.get) for own in shares]
+        counts = ", ".join(f"{name} in {first.count(name)}" for name in TERMS if name in first)
+        said.append(f"with the {kind} γ {counts}")
+    return f"The largest term of {len(each)} runs: {'; '.join(said)}. Drift is what heterogeneity costs."

@@ -39,11 +39,8 @@ def client_rows(
     forms: Iterable[Mapping], repeats: int = 1, samples: int = 1200, side_by_side: int = 1
 ) -> list[dict[str, float | str]]:
     """What `client` finds for each of `forms`, settings of `Config`, in a fresh process; they take turns, `repeats`
-    times. `split` is the model, `label` the method, `seed` the number of the turn.
-
-    Args:
-        side_by_side: processes at a time; more than one save time, and disturb each other's.
-    """
+    times. `split` is the model, `label` the method, `seed` the number of the turn. Several processes `side_by_side` are
+    done sooner, but disturb each other's times."""
 
     def row_of(turn: int, settings: Mapping) -> dict[str, float | str]:
         command = [sys.executable, "-m", "feddip_lite.studies.cost.client", json.dumps(settings), str(samples)]

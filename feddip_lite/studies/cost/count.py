@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from copy import deepcopy
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 
 from ...config import Config
 from ...core.flat import Layout
-from ...core.message import Message, encode
+from ...core.message import num_bytes
+from ...core.sparsity import kept_per_layer
 from ...core.state import ServerState
+from ...methods.base import Method
 
 
 def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:
@@ -39,13 +40,11 @@ def flops(layout: Layout, mask: Tensor | None = None) -> dict[str, int]:
     convolutions = [slot for slot in layout.slots if len(slot.shape) == 4]
     if convolutions and all(slot.uses == 1 for slot in convolutions):
         raise ValueError("layout: uses are unknown; expected one made with image_shape")
-    counts = {}
-    for slot in layout.slots:
-        if len(slot.shape) > 1:
-            prunable = mask is not None and slot.stop <= layout.prunable
-            kept = int(mask[slot.start : slot.stop].sum()) if prunable else prod(slot.shape)
-            counts[slot.name] = 2 * slot.uses * kept
-    return counts
+    kept = {slot.name: prod(slot.shape) for slot in layout.weight_slots}
+    if mask is not None:
+        names = [slot.name for slot in layout.prunable_slots]
+        kept |= dict(zip(names, kept_per_layer(layout, mask), strict=True))
+    return {slot.name: 2 * slot.uses * kept[slot.name] for slot in layout.weight_slots}
 
 
 def training_flops(
@@ -64,10 +63,8 @@ def training_flops(
             FedDIP, and every other method that scores or regrows by gradients); False = masked SGD.
 
     Raises:
-        ValueError: as `flops`, or negative `samples`.
+        ValueError: as `flops`.
     """
-    if samples < 0:
-        raise ValueError(f"samples: {samples} is not valid; expected an integer >= 0")
     sparse, dense = flops(layout, mask), flops(layout)
     forward = sum(sparse.values())
     parts = {
@@ -102,12 +99,7 @@ def activation_bytes(module: nn.Module, images: Tensor) -> int:
 
 
 def client_memory(
-    module: nn.Module,
-    layout: Layout,
-    images: Tensor,
-    mask: Tensor | None = None,
-    *,
-    error_feedback: bool = False,
+    module: nn.Module, layout: Layout, images: Tensor, mask: Tensor | None = None, *, error_feedback: bool = False
 ) -> dict[str, int]:
     """Bytes that a client's training needs at once, at the end of a forward pass, and their `total`.
 
@@ -117,13 +109,8 @@ def client_memory(
 
     Args:
         images: (b, C, H, W), one batch of network input.
-        mask: (P,) bool; None = dense.
-
-    Raises:
-        ValueError: `error_feedback` without a mask.
+        mask: (P,) bool; None = dense, for which there is no `error_feedback`.
     """
-    if error_feedback and mask is None:
-        raise ValueError("error_feedback: needs a mask")
     parts = {
         "weights": 4 * layout.size * (2 if error_feedback else 1),
         "gradient": 4 * layout.size,
@@ -137,53 +124,16 @@ def client_memory(
 def packed_bytes(layout: Layout, state: ServerState) -> int:
     """Size of the sparse model w*m as a message: kept values, the mask's code (which is the indices), BatchNorm
     statistics, header and checksum. Bytes, the length of `encode`'s form; a full mask does not travel."""
-    mask = None if bool(state.mask.all()) else state.mask
-    extras = {"buffers": state.buffers} if len(state.buffers) else {}
-    return len(encode(Message(layout.pack(state.weights, mask), mask, extras)))
+    return num_bytes(Method(layout, rounds=1, seed=0).offer(state, 0, 0))
 
 
-def published_cost(size: int, participants: int, sparsity: float, upload_sparsity: float = 0.0) -> tuple[float, float]:
-    """(up, down) of one round by the published formula, in bytes: 4 * n * K * (1 - share of zeros).
-
-    The published files hold the same in bits / 2^20 (D21): times 8 / 2^20. Unlike the bytes of our messages it counts
-    no mask, applies the sparsity to weights that are never pruned, and charges the download at the target of the
-    present round although the mask is older (D22).
-
-    Args:
-        size: n, all weights of the model. participants: K.
-        sparsity: s_t, the target of the round (`schedules.sparsity_at`), in [0, 1]; 0 = dense.
-        upload_sparsity: measured share of exact zeros in what goes up, in [0, 1]; about 0 for dense uploads.
-
-    Raises:
-        ValueError: a share out of range.
-
-    Source: published code `functions_new.comm_costs_in_mb`, `fl_server.py`.
-    """
-    for name, share in (("sparsity", sparsity), ("upload_sparsity", upload_sparsity)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}: {share} is not valid; expected a number in [0, 1]")
-    return 4.0 * size * participants * (1 - upload_sparsity), 4.0 * size * participants * (1 - sparsity)
-
-
-class Latency(NamedTuple):
-    """Milliseconds of one forward pass of a batch: median and quartiles of the repeats."""
-
-    lower: float
-    median: float
-    upper: float
-
-
-def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30) -> dict[str, Latency]:
-    """Wall time of a forward pass of `images` (b, ...), by name, with as many threads as PyTorch is set to.
+def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30) -> dict[str, dict[str, float]]:
+    """Wall time of a forward pass of `images` (b, ...), by name, with as many threads as PyTorch is set to: `lower`,
+    `median` and `upper`, quartiles of the `repeats` (at least 1), in ms.
 
     The modules take turns, so that a machine that slows down does so for all; three passes each come first, untimed.
     For CPUs: nobody waits for a GPU here. Modules are put into evaluation mode.
-
-    Raises:
-        ValueError: fewer than one repeat.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats: {repeats} is not valid; expected an integer >= 1")
     times: dict[str, list[float]] = {name: [] for name in modules}
     with torch.inference_mode():
         for turn in range(-3, repeats):
@@ -192,4 +142,5 @@ def latency(modules: Mapping[str, nn.Module], images: Tensor, repeats: int = 30)
                 module.eval()(images)
                 if turn >= 0:
                     times[name].append((time.perf_counter_ns() - start) / 1e6)
-    return {name: Latency(*np.quantile(each, (0.25, 0.5, 0.75)).tolist()) for name, each in times.items()}
+    quartiles = {"lower": 0.25, "median": 0.5, "upper": 0.75}
+    return {name: {key: float(np.quantile(own, q)) for key, q in quartiles.items()} for name, own in times.items()}

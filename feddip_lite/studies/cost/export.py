@@ -24,11 +24,8 @@ from ...train.setup import layout_of
 
 
 def sparse_model(state: ServerState, data: Dataset, config: Config) -> nn.Module:
-    """The sparse global model w*m as a module of `core/models.py`, on the CPU and in evaluation mode.
-
-    Args:
-        state: of a run of `config`; `data`: its `Clients.data`, whose images fit the model.
-    """
+    """The sparse global model w*m of a run of `config` as a module of `core/models.py`, on the CPU and in evaluation
+    mode; `data` is the run's `Clients.data`, whose images fit the model."""
     channels, size = data.train_images.shape[1:3]
     module = build_model(config.model, classes=data.classes, width=config.width, channels=channels, size=size)
     layout, mask = layout_of(module, config), state.mask.cpu()

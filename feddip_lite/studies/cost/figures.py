@@ -5,9 +5,11 @@ A method has its look of `report/style.py`, a form of a model the same one every
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from seaborn import FacetGrid
 
 from ...records.catalogue import comparable
 from ...records.names import FAMILIES, family_of, labels
@@ -67,12 +69,8 @@ def latency(rows: pd.DataFrame, title: str) -> Figure:
     for dashes, batch in zip(("", (3, 1.5)), sorted(rows["batch"].unique()), strict=False):
         for form, (colour, marker) in FORM_LOOKS.items():
             looks[f"{form}, batch {batch}"] = {"color": colour, "marker": marker, "dashes": dashes}
-    ticks = sorted(rows["sparsity"].unique())
-    rows = rows.assign(x=rows["sparsity"].map(ticks.index))
-    by = {"col": "model", "col_wrap": min(3, rows["model"].nunique()), "sharey": True}
-    panels = style.line_panels(rows, looks, height=2.4, **by)
+    panels = _over_sparsity(rows, "sparsity", looks, height=2.4, sharey=True)
     for panel in panels.axes.flat:
-        _sparsity_axis(panel, ticks)
         panel.set(yscale="log")
         style.log_ticks(panel.yaxis)
     panels.set_ylabels("time, dense = 1")
@@ -95,15 +93,8 @@ def ratios(rows: pd.DataFrame) -> pd.DataFrame:
 @styled
 def file_sizes(models: pd.DataFrame, title: str) -> Figure:
     """KiB of a pruned model against its sparsity (`sizes_in_kib`), a panel per model."""
-    ticks = sorted(models["target"].unique())
-    rows = sizes_in_kib(models)
-    rows = rows.assign(x=rows["target"].map(ticks.index))
-    by = {"col": "model", "col_wrap": min(3, rows["model"].nunique())}
-    panels = style.line_panels(rows, SIZE_LOOKS, height=2.3, **by)
-    for panel in panels.axes.flat:
-        _sparsity_axis(panel, ticks)
-        panel.set_ylim(bottom=0)
-    panels.set_ylabels("KiB")
+    panels = _over_sparsity(sizes_in_kib(models), "target", SIZE_LOOKS, height=2.3)
+    panels.set(ylim=(0, None)).set_ylabels("KiB")
     style.headed(panels.figure, title)
     return panels.figure
 
@@ -118,7 +109,11 @@ def sizes_in_kib(models: pd.DataFrame) -> pd.DataFrame:
     return table.assign(y=table["y"] / 2**10)
 
 
-def _sparsity_axis(panel: Axes, ticks: list[float]) -> None:
-    """Sparsities at equal distances, since what matters is close to 1."""
-    panel.set_xticks(range(len(ticks)), [f"{sparsity:g}" for sparsity in ticks], rotation=45)
-    panel.set(xlabel="sparsity", xlim=(-0.4, len(ticks) - 0.6))
+def _over_sparsity(rows: pd.DataFrame, column: str, looks: Mapping[str, Mapping], **facets) -> FacetGrid:
+    """A panel per model; the sparsities in `column` are at equal distances, since what matters is close to 1."""
+    ticks = sorted(rows[column].unique())
+    rows = rows.assign(x=rows[column].map(ticks.index))
+    panels = style.line_panels(rows, looks, col="model", col_wrap=min(3, rows["model"].nunique()), **facets)
+    for panel in panels.axes.flat:
+        panel.set_xticks(range(len(ticks)), [f"{sparsity:g}" for sparsity in ticks], rotation=45)
+    return panels.set(xlabel="sparsity", xlim=(-0.4, len(ticks) - 0.6))

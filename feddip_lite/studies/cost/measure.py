@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from math import prod
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -54,11 +55,8 @@ def largest_linear(config: Config) -> tuple[int, int]:
 
 
 def trained(config: Config) -> tuple[ServerState, Dataset, float]:
-    """Run `config` to its end without recording it: the last state, the data, and the accuracy of w*m.
-
-    Raises:
-        As `run`.
-    """
+    """Run `config` to its end without recording it: the last state, the data, and the accuracy of w*m. Raises what
+    `run` raises."""
     last = LastState()
     history = run(config, progress=False, observers=[last])
     return last.state, last.data, history["accuracy"].iloc[-1]
@@ -87,7 +85,7 @@ def sizes(state: ServerState, data: Dataset, config: Config) -> dict[str, float]
     layout = Layout.of(module, image_shape=tuple(data.train_images.shape[1:]))
     files = [len(model_file(layout, each.weights, each.mask, each.buffers)) for each in (state, dense)]
     return {
-        "sparsity": 1 - density(state.mask.float()),
+        "sparsity": 1 - density(state.mask),
         "weights": layout.size,
         "prunable": layout.prunable,
         "kept": int(state.mask.sum()),
@@ -113,11 +111,10 @@ def layer_rows(
     for sparsity in sorted(sparsities):
         weight = torch.randn(outputs, inputs, generator=draw)
         weight *= torch.rand(outputs, inputs, generator=draw) >= sparsity
-        layers = {"stock": nn.Linear, "own": Linear}
-        layers = {name: nn.utils.skip_init(kind, inputs, outputs) for name, kind in layers.items()}
-        for layer in layers.values():
+        stock, own = (nn.utils.skip_init(kind, inputs, outputs) for kind in (nn.Linear, Linear))
+        for layer in (stock, own):
             layer.load_state_dict({"weight": weight, "bias": torch.zeros(outputs)})
-        rows += _timed({**layers, CSR: CSRLinear(layers["stock"])}, images, repeats, sparsity=sparsity)
+        rows += _timed({"stock": stock, "own": own, CSR: CSRLinear(stock)}, images, repeats, sparsity=sparsity)
     return rows
 
 
@@ -140,16 +137,12 @@ def model_rows(module: nn.Module, images: Tensor, csr_from: float | None, repeat
     return _timed(forms, images, repeats)
 
 
-def crossing(rows: Iterable[Mapping]) -> float | None:
+def crossing(rows: pd.DataFrame) -> float | None:
     """The lowest of the sparsities in `rows` from which on some form beats the dense one: its upper quartile lies below
     the dense form's lower. None if none does at the highest."""
-    wins: dict[float, bool] = {}
-    rows = list(rows)
-    dense = {row["sparsity"]: row["lower"] for row in rows if row["form"] == DENSE}
-    for row in rows:
-        wins[row["sparsity"]] = wins.get(row["sparsity"], False) or row["upper"] < dense[row["sparsity"]]
-    won = list(takewhile(wins.get, sorted(wins, reverse=True)))
-    return won[-1] if won else None
+    dense = rows[rows["form"] == DENSE].set_index("sparsity")["lower"]
+    beaten = (rows["upper"] < rows["sparsity"].map(dense)).groupby(rows["sparsity"]).any()
+    return min(takewhile(beaten.get, reversed(beaten.index)), default=None)
 
 
 def num_weights(module: nn.Module) -> int:
@@ -160,15 +153,12 @@ def num_weights(module: nn.Module) -> int:
 def inference_rows(
     module: nn.Module, data: Dataset, layers: Sequence[Mapping], batches: Sequence[int], repeats: int = 30
 ) -> list[dict]:
-    """Times of a pruned model's forms for several `batches`, numbers of test images: `model_rows` with `batch`.
-
-    Args:
-        layers: rows of `layer_rows` with the `batch` of each; at its crossing a linear layer becomes CSR.
-    """
-    rows = []
+    """Times of a pruned model's forms for several `batches`, numbers of test images: `model_rows` with `batch`. At the
+    crossing of `layers`, rows of `layer_rows` with the `batch` of each, a linear layer becomes CSR."""
+    layers, rows = pd.DataFrame(layers), []
     for batch in batches:
         images = normalise(data.test_images[:batch], data)
-        csr_from = crossing(row for row in layers if row["batch"] == batch)
+        csr_from = crossing(layers[layers["batch"] == batch])
         rows += [{"batch": batch, **row} for row in model_rows(module, images, csr_from, repeats)]
     return rows
 
@@ -176,5 +166,5 @@ def inference_rows(
 def _timed(forms: Mapping[str, nn.Module], images: Tensor, repeats: int, **about) -> list[dict]:
     """A row per form; of the dense ones, this package's layers and PyTorch's own, the faster is called dense."""
     times = latency(forms, images, repeats)
-    dense = min((times.pop(name) for name in ("own", "stock") if name in times), key=lambda each: each.median)
-    return [{**about, "form": form, **each._asdict()} for form, each in {DENSE: dense, **times}.items()]
+    dense = min((times.pop(name) for name in ("own", "stock") if name in times), key=lambda each: each["median"])
+    return [{**about, "form": form, **each} for form, each in {DENSE: dense, **times}.items()]

@@ -98,11 +98,14 @@ def without_dead_channels(module: nn.Module) -> nn.Sequential:
     for name, reader in pairwise(names):
         constant = biases[name].clamp(min=0) if nn.ReLU in between[reader] else biases[name]
         pads = getattr(chain.get_submodule(reader), "padding", (0, 0)) not in ((0, 0), "valid")
-        dead = _all_but_one(~weights[name].flatten(1).any(1) & ((constant == 0) | (not pads)))
+        dead = ~weights[name].flatten(1).any(1) & ((constant == 0) | (not pads))
+        dead[0] &= ~dead.all()
         biases[reader] += columns(reader, len(dead)).double().sum(2)[:, dead] @ constant[dead]
         remove(name, reader, dead)
     for name, reader in reversed(list(pairwise(names))):
-        remove(name, reader, _all_but_one(~columns(reader, len(weights[name])).any(2).any(0)))
+        dead = ~columns(reader, len(weights[name])).any(2).any(0)
+        dead[0] &= ~dead.all()
+        remove(name, reader, dead)
     for name in names:
         setattr(chain, name, _like(chain.get_submodule(name), weights[name], biases[name]))
     return chain.eval()
@@ -128,17 +131,8 @@ class CSRLinear(nn.Module):
 
 
 def to_csr(module: nn.Module, from_sparsity: float = 0.9) -> nn.Module:
-    """A copy of `module`, in evaluation mode, whose linear layers of that sparsity or more are `CSRLinear`.
-
-    Args:
-        module: any; unchanged.
-        from_sparsity: share of zeros in a layer's weight, in [0, 1]; `measure.layer_rows` measures which pays off.
-
-    Raises:
-        ValueError: `from_sparsity` out of range.
-    """
-    if not 0 <= from_sparsity <= 1:
-        raise ValueError(f"from_sparsity: {from_sparsity} is not valid; expected a number in [0, 1]")
+    """A copy of `module`, in evaluation mode, whose linear layers are `CSRLinear` from that share of zeros on, which is
+    in [0, 1]; `measure.layer_rows` measures which pays off."""
     copy = nn.Sequential(deepcopy(module)).eval()  # so that a single linear layer has an owner, too
     for path, layer in list(copy.named_modules()):
         if isinstance(layer, nn.Linear) and float((layer.weight == 0).double().mean()) >= from_sparsity:
@@ -177,11 +171,3 @@ def _checked(chain: nn.Sequential) -> dict[str, set[type]]:
             raise ValueError(f"module: layer {name!r} follows a convolution without nn.Flatten")
         between[name], kinds, above = kinds, set(), layer
     return between
-
-
-def _all_but_one(dead: Tensor) -> Tensor:
-    """`dead` (channels,) bool, with its first entry cleared if all are True."""
-    if bool(dead.all()):
-        dead = dead.clone()
-        dead[0] = False
-    return dead

@@ -16,7 +16,7 @@ from ...core.schedules import sparsity_at
 from ...records.names import HEADLINE, NAMES, labels
 from ...records.store import headline
 from ...report.statistics import paired, quantity
-from .count import published_cost, training_flops
+from .count import training_flops
 from .measure import BOTH, CSR, DENSE, SHRUNK, crossing, untrained
 
 RECORD = "cost_cpu.json"
@@ -73,15 +73,23 @@ def source(record: dict) -> str:
 
 
 def published_bytes(run: pd.DataFrame) -> pd.DataFrame:
-    """`up_bytes` and `down_bytes` (T rows, indexed by round) of a run by the published formula, evaluated or not;
-    without `initial_sparsity` dense."""
+    """`up_bytes` and `down_bytes` (T rows, indexed by round) of a run by the published formula, evaluated or not:
+    4 n K (1 - share of zeros) for the model's n weights and K participants. Uploads are dense, of a download the share
+    s_t is zero, the target of the round; without `initial_sparsity` it is dense, too.
+
+    The published files hold the same in bits / 2^20 (D21): times 8 / 2^20. Unlike the bytes of our messages it counts
+    no mask, applies the sparsity to weights that are never pruned, and charges the download at the target of the
+    present round although the mask is older (D22).
+
+    Source: published code `functions_new.comm_costs_in_mb`, `fl_server.py`.
+    """
     first = run.iloc[0]
     size = Layout.of(untrained(first["dataset"], first["model"], first["width"])).size
     initial = pd.to_numeric(first["initial_sparsity"])
     ends = (0.0, 0.0) if pd.isna(initial) else (initial, first["target_sparsity"])
     shares = [sparsity_at(t, *ends, int(first["rounds"])) for t in range(int(first["rounds"]))]
-    costs = [published_cost(size, int(first["clients_per_round"]), share) for share in shares]
-    return pd.DataFrame(costs, columns=["up_bytes", "down_bytes"])
+    dense = 4.0 * size * int(first["clients_per_round"])
+    return pd.DataFrame({"up_bytes": dense, "down_bytes": [dense * (1 - share) for share in shares]})
 
 
 def bytes_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -116,14 +124,12 @@ def flops_table(layout: Layout, samples: int, config, mask) -> pd.DataFrame:
 def clients_table(clients: pd.DataFrame) -> pd.DataFrame:
     """Seconds and peak memory of one client's training, measured, and the memory that is counted, in MiB."""
     rows, counted = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
-    for model in clients["split"].unique():
-        group = clients[clients["split"] == model]
-        for label in group["label"].unique():
-            own, row = group[group["label"] == label], {"model": model, "client of": label}
-            for column, head in (("seconds", "time, seconds"), ("peak_mib", "peak, MiB")):
-                row[head] = f"{own[column].median():.3g}"
-                row[f"{head.split(',')[0]} / FedAvg's"] = _times_dense(group, label, column)
-            rows.append(row | {f"counted: {part}, MiB": f"{own[part].iloc[0] / 2**20:.2f}" for part in counted})
+    for (model, label), own in clients.groupby(["split", "label"], sort=False):
+        group, row = clients[clients["split"] == model], {"model": model, "client of": label}
+        for column, head in (("seconds", "time, seconds"), ("peak_mib", "peak, MiB")):
+            row[head] = f"{own[column].median():.3g}"
+            row[f"{head.split(',')[0]} / FedAvg's"] = _times_dense(group, label, column)
+        rows.append(row | {f"counted: {part}, MiB": f"{own[part].iloc[0] / 2**20:.2f}" for part in counted})
     return pd.DataFrame(rows)
 
 
@@ -150,24 +156,31 @@ def crossings(rows: pd.DataFrame) -> str:
     lines = []
     for (model, batch), group in rows.groupby(["model", "batch"], sort=False):
         what = f"its linear layer {group['layer'].iloc[0]}" if "layer" in group else "the whole model"
-        lines.append(f"- **{model}**, {what}, {_images(batch)}: {_crossing_words(group)}.")
+        found, top = crossing(group), group["sparsity"].max()
+        said = f"at no sparsity up to {top:g} is a sparse form faster"
+        if found is not None:
+            at = group[group["sparsity"] == top].set_index("form")["median"]
+            best = at.drop(DENSE).idxmin()
+            words = {CSR: "CSR", SHRUNK: "removing dead channels", BOTH: "CSR without dead channels"}[best]
+            share = at[best] / at[DENSE]
+            said = f"faster from sparsity {found:g} on; at {top:g} {words} takes {share:.2f} of the dense time"
+        lines.append(f"- **{model}**, {what}, {_images(batch)}: {said}.")
     return "\n".join(lines)
 
 
 def reading(clients: pd.DataFrame, times: pd.DataFrame) -> str:
     """Markdown: what sparsity buys, in sentences: training time and memory of clients, and inference."""
     lines = [WHY_NO_TIME, ""]
-    for model in clients["split"].unique():
-        group = clients[clients["split"] == model]
+    for model, group in clients.groupby("split", sort=False):
         said = []
-        for label in [label for label in group["label"].unique() if label != DENSE_CLIENT]:
+        for label in group.loc[group["label"] != DENSE_CLIENT, "label"].unique():
             time, memory = (_times_dense(group, label, column) for column in ("seconds", "peak_mib"))
             said.append(f"{label} takes {time} times FedAvg's time and {memory} times its peak memory")
         lines.append(f"- **{model}**, training: {'; '.join(said)}.")
     never = [
         f"{model} with {_images(batch)}"
         for (model, batch), group in times.groupby(["model", "batch"], sort=False)
-        if crossing(group.to_dict("records")) is None
+        if crossing(group) is None
     ]
     lines += [crossings(times), ""]
     lines += [f"Unstructured sparsity buys no time on this machine for {', '.join(never)}." if never else ""]
@@ -186,13 +199,3 @@ def _times_dense(clients: pd.DataFrame, label: str, column: str) -> str:
 
 def _images(batch: int) -> str:
     return f"{batch} image{'s' * (batch > 1)} at a time"
-
-
-def _crossing_words(group: pd.DataFrame) -> str:
-    found, top = crossing(group.to_dict("records")), group["sparsity"].max()
-    if found is None:
-        return f"at no sparsity up to {top:g} is a sparse form faster"
-    at = group[group["sparsity"] == top].set_index("form")["median"]
-    best = at.drop(DENSE).idxmin()
-    words = {CSR: "CSR", SHRUNK: "removing dead channels", BOTH: "CSR without dead channels"}[best]
-    return f"faster from sparsity {found:g} on; at {top:g} {words} takes {at[best] / at[DENSE]:.2f} of the dense time"
