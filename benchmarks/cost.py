@@ -35,7 +35,7 @@ MODELS = (
 )
 BATCHES = (1, 128)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-SETTINGS = {"client_turns": 5, "client_samples": 1200, "repeats": 101, "sparsities": SPARSITIES, "batches": BATCHES}
+FULL = {"client_turns": 5, "client_samples": 1200, "repeats": 101, "sparsities": SPARSITIES, "batches": BATCHES}
 REHEARSAL = {"client_turns": 3, "client_samples": 128, "repeats": 9, "sparsities": (0.8, 0.9, 0.99), "batches": BATCHES}
 RUNS = {"preset": "paper", "partition": "iid", "seed": 0, "weight_decay": 5e-4, "validation": 0.0}
 
@@ -81,7 +81,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def record(given: argparse.Namespace) -> dict:
-    how, models = REHEARSAL if given.rehearse else SETTINGS, MODELS[: given.models]
+    how, models = REHEARSAL if given.rehearse else FULL, MODELS[: given.models]
     torch.set_num_threads(1)
     load, begin = os.getloadavg()[0], time.monotonic()
     rows = measure(models, how)

@@ -21,7 +21,7 @@ from feddip_lite.records.store import read_run
 from feddip_lite.train.run import run
 
 PLACES = (HERE, "simulation")
-SETTINGS = {"method": "fedavg", "dataset": "digits", "clients_per_round": 5, "local_epochs": 1, "device": "cpu"}
+ONE_STEP_EACH = {"method": "fedavg", "dataset": "digits", "clients_per_round": 5, "local_epochs": 1, "device": "cpu"}
 
 
 def measure(config: Config, place: str, folder: Path) -> dict:
@@ -47,7 +47,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def record(given: argparse.Namespace) -> dict:
     rows = []
     for model in given.models:
-        config = Config(model=model, rounds=given.rounds, clients=given.clients, **SETTINGS)
+        config = Config(model=model, rounds=given.rounds, clients=given.clients, **ONE_STEP_EACH)
         for place in PLACES:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(config, place, Path(folder)))

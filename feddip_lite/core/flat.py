@@ -212,7 +212,7 @@ def uses_per_sample(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str
 def _place(tensors: Sequence[tuple[str, tuple[int, ...]]], uses: Mapping[str, int]) -> tuple[Slot, ...]:
     slots, start = [], 0
     for name, shape in tensors:
-        slots.append(Slot(name, tuple(shape), start, start + prod(shape), uses.get(name, 1)))
+        slots.append(Slot(name, tuple(shape), start, stop=start + prod(shape), uses=uses.get(name, 1)))
         start += prod(shape)
     return tuple(slots)
 

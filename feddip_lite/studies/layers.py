@@ -23,7 +23,7 @@ from ..report.statistics import quantity
 from ..report.style import INK, counted, styled
 from .sparsity_sweep import recorded_sweep
 
-COLUMNS = ("run_id", "label", "method", "preset", "changed", "split", "setting", "seed", "target_sparsity")
+RUN_COLUMNS = ("run_id", "label", "method", "preset", "changed", "split", "setting", "seed", "target_sparsity")
 LAYER = ("layer", "shape", "size", "kept", "sparsity", "erk")
 """What `layers` adds: a prunable tensor's name, shape and number of weights, how many are kept, the share that is zero,
 and the sparsity that ERK gives this tensor for the same total."""
@@ -33,7 +33,7 @@ _ALIKE = ("setting", "split", "label", "target_sparsity")  # what two runs share
 
 
 def layers(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per recorded sparse run and prunable tensor, in the model's order: COLUMNS and LAYER."""
+    """A row per recorded sparse run and prunable tensor, in the model's order: RUN_COLUMNS and LAYER."""
     rows = []
     for run in runs.drop_duplicates("run_id").to_dict("records"):
         found = read_run(folder, run["run_id"])[1].get("layers") or []
@@ -44,8 +44,8 @@ def layers(folder: Path, runs: pd.DataFrame) -> pd.DataFrame:
         for layer, size, density in zip(found, sizes, densities, strict=True):
             name = layer["name"].removesuffix(".weight")
             values = (name, tuple(layer["shape"]), size, layer["kept"], 1 - layer["kept"] / size, 1 - density)
-            rows.append({column: run[column] for column in COLUMNS} | dict(zip(LAYER, values, strict=True)))
-    return pd.DataFrame(rows, columns=[*COLUMNS, *LAYER])
+            rows.append({column: run[column] for column in RUN_COLUMNS} | dict(zip(LAYER, values, strict=True)))
+    return pd.DataFrame(rows, columns=[*RUN_COLUMNS, *LAYER])
 
 
 def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:

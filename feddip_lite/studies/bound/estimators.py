@@ -186,10 +186,24 @@ def estimate(
     gradients, squares = torch.stack(gradients).double().cpu(), torch.cat(squares).cpu()
     sizes, variances = torch.tensor([[len(shard) for shard in clients.train], variances], dtype=torch.float64)
     shares, noise = sizes / sizes.sum(), sizes.clamp_max(config.batch_size) * variances / sizes
-    left = float(shares @ torch.stack(losses).cpu()), _norm(shares @ gradients) ** 2
-    right = float(shares @ variances), float(squares.max()), float(squares.quantile(0.99))
-    gammas = dispersion(gradients, shares, noise), dispersion(gradients, shares)
-    return Estimates(t, *left, *constants, *right, *gammas, *pruning_distance(prunable, mask))
+    sharpness, secant, steepest, per_pruned = constants
+    error, distance = pruning_distance(prunable, mask)
+    return Estimates(
+        round=t,
+        loss=float(shares @ torch.stack(losses).cpu()),
+        gradient_square=_norm(shares @ gradients) ** 2,
+        sharpness=sharpness,
+        secant=secant,
+        lipschitz=steepest,
+        pruning_lipschitz=per_pruned,
+        variance=float(shares @ variances),
+        second_moment=float(squares.max()),
+        second_moment_99=float(squares.quantile(0.99)),
+        dispersion=dispersion(gradients, shares, noise),
+        raw_dispersion=dispersion(gradients, shares),
+        pruning_error=error,
+        pruning_distance=distance,
+    )
 
 
 def _norm(*tensors: Tensor) -> float:
@@ -241,5 +255,7 @@ def assemble(
     drift = math.pi**2 / 6 * (gamma - 1) * gamma * steps**2 * largest("second_moment")
     left, initial = sum(each.gradient_square for each in path) / len(path), 2 * smooth * (losses[0] - min(losses))
     if printed:
-        return Bound(left, initial, pruning / (3 * smooth**2), noise * (gamma - 1 + 1 / smooth), drift)
-    return Bound(left, initial, pruning, noise * gamma, drift)
+        pruning, noise = pruning / (3 * smooth**2), noise * (gamma - 1 + 1 / smooth)
+    else:
+        noise = noise * gamma
+    return Bound(left=left, initial=initial, pruning=pruning, noise=noise, drift=drift)

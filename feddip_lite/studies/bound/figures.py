@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ...records.names import splits
 from ...report import style
 from ...report.style import BLUE, GREEN, INK, ORANGE, PURPLE, VERMILION, styled
-from .tables import GAMMAS, SETTINGS, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
+from .tables import GAMMAS, SCHEDULES, TERMS, bound_of, checkpoints, each_run, gamma_of, removed_so_far, summary
 
 TERM_LOOKS = dict(zip(TERMS, ((ORANGE, "D"), (VERMILION, "s"), (GREEN, "^"), (BLUE, "v")), strict=True))
 FORMS = {"": {}, ", as printed": {"printed": True}, r", median $\gamma$": {"typical": True}}
@@ -79,7 +79,7 @@ def path(runs: pd.DataFrame, title: str) -> Figure:
     rows = rows.dropna().assign(name=lambda own: own["split"])
     marks = zip(splits(runs), SPLIT_COLOURS, "osD^vP", strict=False)
     looks = {split: {"color": colour, "marker": marker, "dashes": ""} for split, colour, marker in marks}
-    schedules = [name for name in SETTINGS if (runs["lr_schedule"] == name).any()]
+    schedules = [name for name in SCHEDULES if (runs["lr_schedule"] == name).any()]
     by = {"row": "lr_schedule", "col": "column", "row_order": schedules, "col_order": list(PATH)}
     panels = style.line_panels(rows, looks, "", 2.5, **by)
     panels.figure.legends.clear()  # `_medians` has more to say
@@ -89,7 +89,7 @@ def path(runs: pd.DataFrame, title: str) -> Figure:
     for schedule in schedules:
         panel = panels.axes_dict[schedule, "dispersion"]
         panel.set(yscale="log", ylim=(0.8, max(10, 1.3 * panel.get_ylim()[1])))
-        panel.set_title(SETTINGS[schedule], loc="left")
+        panel.set_title(SCHEDULES[schedule], loc="left")
         _medians(panel, runs[runs["lr_schedule"] == schedule], looks)
     _headed(panels.figure, runs, title)
     return panels.figure

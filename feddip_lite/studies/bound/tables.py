@@ -17,7 +17,7 @@ from ...records.names import splits
 from .estimators import Bound, Estimates, assemble
 from .path import ESTIMATES
 
-SETTINGS = {"theory": "theorem's setting", "exponential": "experiments' setting"}
+SCHEDULES = {"theory": "theorem's setting", "exponential": "experiments' setting"}
 """What a run's `lr_schedule` makes of it."""
 TERMS = tuple(item.name for item in fields(Bound))[1:]
 CONSTANTS = {
@@ -35,7 +35,7 @@ GAMMAS = {"largest": False, "median": True}  # what `bound_of` is told
 
 def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """The runs one by one: the theorem's setting first, IID first, then by preset and by R."""
-    places = {"lr_schedule": list(SETTINGS).index, "split": splits(runs).index}
+    places = {"lr_schedule": list(SCHEDULES).index, "split": splits(runs).index}
     first = runs.drop_duplicates("run_id")
     first = first.assign(**{name: first[name].map(place) for name, place in places.items()})
     first = first.sort_values([*places, "preset", "mask_interval", "seed", "run_id"])
@@ -94,7 +94,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     for run in each_run(runs):
         first, points = run.iloc[0], checkpoints(run)
         row = {name: first[name] for name in ("run_id", "label", "split", "preset", "mask_interval", "lr_schedule")}
-        row |= {"name": f"{first['split']}, {SETTINGS[first['lr_schedule']]}"}
+        row |= {"name": f"{first['split']}, {SCHEDULES[first['lr_schedule']]}"}
         row |= {"rate": first["smoothness"], "sharpness": points[["sharpness", "secant"]].max(axis=None)}
         row |= {"lipschitz": points[["lipschitz", "pruning_lipschitz"]].max(axis=None)}
         row |= {name: points[name].max() for name in ("variance", "second_moment")}
@@ -154,7 +154,7 @@ def _pace(runs: pd.DataFrame) -> list[str]:
     steps = {(run["split"].iloc[0], run["lr_schedule"].iloc[0]): run for run in each_run(runs)}
     said = []
     for split in splits(runs):
-        theory, usual = (steps.get((split, schedule)) for schedule in SETTINGS)
+        theory, usual = (steps.get((split, schedule)) for schedule in SCHEDULES)
         if theory is not None and usual is not None:
             reached = [checkpoints(run)["accuracy"].iloc[-1] for run in (theory, usual)]
             share = theory["lr"].sum() / usual["lr"].sum()
