@@ -97,6 +97,11 @@ class Layout:
         return self.slots[: self.num_prunable]
 
     @property
+    def weight_slots(self) -> tuple[Slot, ...]:
+        """The slots of all weights of convolutions and linear layers: the prunable ones, then those that stay dense."""
+        return tuple(slot for slot in self.slots if len(slot.shape) > 1)
+
+    @property
     def buffer_size(self) -> int:
         """Length of the flat vector of BatchNorm running statistics (0 without BatchNorm)."""
         return self.buffer_slots[-1].stop if self.buffer_slots else 0

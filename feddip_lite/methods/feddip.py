@@ -69,9 +69,7 @@ class FedDP(Method):
     def erk_mask(self, seed: int) -> Tensor:
         """A random mask (P,) at ERK densities of the initial sparsity. ResNet's shortcuts, where they are not prunable,
         have a share in the density, as in the published code, but stay dense (D7)."""
-        slots = self.layout.prunable_slots
-        if self.erk_over == "weights":  # all convolutions and linear layers, the dense ones last
-            slots = [slot for slot in self.layout.slots if len(slot.shape) > 1]
+        slots = self.layout.weight_slots if self.erk_over == "weights" else self.layout.prunable_slots
         densities = erk_densities([slot.shape for slot in slots], 1 - self.initial_sparsity)
         prunable = densities[: self.layout.num_prunable]
         return random_mask(self.layout, prunable, torch.Generator().manual_seed(seed))
