@@ -85,7 +85,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess:
 def _machine() -> Iterator[Finding]:
     """As torch reports it. CUDA that is not available beside a GPU and a driver: torch is a build for others."""
     commit = import_module("feddip_lite.records.provenance").commit()
-    yield f"commit of feddip_lite: {commit}", False
+    yield f"commit of feddip_lite: {commit or 'none'}", False
     found = import_module("torch.utils.collect_env").get_env_info()
     for name in FACTS:
         lines = [" ".join(line.split()) for line in str(getattr(found, name)).splitlines()]

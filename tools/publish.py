@@ -49,9 +49,9 @@ def publish(root: Path) -> None:
 
 
 @functools.cache
-def comparisons(root: Path) -> list[tuple[str, str, pd.DataFrame]]:
-    """(profile, name, runs) of every recorded main comparison."""
-    return [(each, name, runs) for each in RECORDED for name, runs in main_runs(each, root / "results").items()]
+def comparisons(root: Path) -> dict[tuple[str, str], pd.DataFrame]:
+    """(profile, name) -> runs of every recorded main comparison."""
+    return {(each, name): runs for each in RECORDED for name, runs in main_runs(each, root / "results").items()}
 
 
 # ---- figures
@@ -68,7 +68,7 @@ def ideas(root: Path) -> Named:
 
 def accuracies(root: Path) -> Named:
     """Accuracy against rounds and bytes, of the paper's own question and of every method; one set per comparison."""
-    for profile, name, runs in comparisons(root):
+    for (profile, name), runs in comparisons(root).items():
         title = f"Recorded, profile {profile}"
         own = runs[runs["method"].isin(HEADLINE)]
         yield f"{name}_{profile}_accuracy", curves.accuracy_curves({title: own[own["preset"] != "memory"]})
@@ -87,7 +87,7 @@ def accuracies(root: Path) -> Named:
 def masks(root: Path) -> Named:
     """Overlap, regrown weights and pruning error in the rounds that choose a mask, for each comparison's first
     partition; and the sparsity of every tensor beside ERK's, for the runs that recorded it."""
-    for profile, name, runs in comparisons(root):
+    for (profile, name), runs in comparisons(root).items():
         title = f"Recorded, profile {profile}"
         pruning = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["split"] == splits(runs)[0])]
         chosen = rows_choosing_masks(pruning)
@@ -124,7 +124,7 @@ def bound(root: Path) -> Named:
 
 def cost(root: Path) -> Named:
     """Bytes of the recorded runs; latency and size of pruned models as `python -m benchmarks cost` measured them."""
-    runs = main_runs("lite", root / "results").get("lenet5_fashionmnist")
+    runs = comparisons(root).get(("lite", "lenet5_fashionmnist"))
     if runs is not None:
         even = runs[runs["split"] == splits(runs)[0]]
         yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
@@ -190,7 +190,7 @@ def methods_part() -> str:
 def results_part(root: Path) -> str:
     """A table per recorded comparison, with its circumstances."""
     parts = []
-    for profile, _, runs in comparisons(root):
+    for (profile, _), runs in comparisons(root).items():
         parts += [f"**{runs['setting'].iloc[0]}** (profile `{profile}`)", markdown(results_table(runs))]
         parts += [circumstances(root / "results" / profile, runs)]
     return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
@@ -203,7 +203,9 @@ def claims_part(root: Path) -> str:
     again = table.duplicated(["claim", "source", "notebook"])  # a claim's further settings
     table = table.assign(notebook=links)
     table.loc[again, ["claim", "source", "notebook"]] = ""
-    settings = "\n".join(f"- {runs['setting'].iloc[0]} (profile `{profile}`)" for profile, _, runs in comparisons(root))
+    settings = "\n".join(
+        f"- {runs['setting'].iloc[0]} (profile `{profile}`)" for (profile, _), runs in comparisons(root).items()
+    )
     return "\n\n".join(part for part in (settings, markdown(table), RULE) if part)
 
 

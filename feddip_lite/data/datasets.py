@@ -215,10 +215,22 @@ def crop(images: torch.Tensor, padding: str, draw: torch.Tensor) -> torch.Tensor
             f'padding must be "zeros", "reflect" (images of {PAD + 1} pixels or more) or None, got {padding!r} for '
             f"images of {height}x{width}"
         )
-    mode = {"zeros": "constant", "reflect": "reflect"}[padding]
-    padded = F.pad(images.float(), (PAD, PAD, PAD, PAD), mode).to(torch.uint8)  # only floats can be reflected
-    rows = (draw // (2 * OFFSETS))[:, None] + torch.arange(height, device=draw.device)
-    columns = (draw // 2 % OFFSETS)[:, None] + torch.arange(width, device=draw.device)
-    columns = torch.where((draw % 2 == 1)[:, None], columns.flip(1), columns)
-    pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, height * width)
-    return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+    rows, rows_inside = _source_pixels(draw // (2 * OFFSETS), height, padding)
+    columns, columns_inside = _source_pixels(draw // 2 % OFFSETS, width, padding, flip=draw % 2 == 1)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, height * width)
+    out = images.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+    if padding == "zeros":
+        out *= (rows_inside[:, :, None] & columns_inside[:, None, :])[:, None]
+    return out
+
+
+def _source_pixels(offset: torch.Tensor, size: int, padding: str, flip: torch.Tensor | None = None):
+    """Along one axis, which input pixel each output pixel shows: (b, size) indices, and whether it is inside."""
+    index = offset[:, None] + torch.arange(-PAD, size - PAD, device=offset.device)
+    if flip is not None:
+        index = torch.where(flip[:, None], index.flip(1), index)
+    inside = (index >= 0) & (index < size)
+    if padding == "zeros":
+        return index.clamp(0, size - 1), inside
+    # torch pads by reflection only in floating point, so the indices are reflected instead of the images.
+    return (size - 1) - ((size - 1) - index.abs()).abs(), inside

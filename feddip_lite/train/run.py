@@ -120,6 +120,7 @@ def go_through(run: Run, observers: Sequence[Observer]) -> None:
             for observer in observers:
                 observer.round_done(run, record)
             row_start += time.monotonic() - before  # what observers do is not the round's time
+            del state, record  # else this round's models would lie beside the next one's
 
 
 @contextmanager

@@ -168,7 +168,8 @@ def estimate(
         order = torch.randperm(len(samples), generator=torch_generator(config.seed, "bound subset"))
         some = samples[order[:curvature_samples].to(samples.device)]
         losses, gradients = zip(*(f(model).loss_and_gradient(point, some) for point in points), strict=True)
-        tensors, draw = [s.of(pruned) for s in model.layout.slots], torch_generator(config.seed, "bound direction", t)
+        tensors = [slot.of(pruned) for slot in model.layout.slots]
+        draw = torch_generator(config.seed, "bound direction", t)
         largest = smoothness(partial(f(model).loss, some), tensors, draw, iterations)
         return largest, slope(gradients, points), lipschitz(gradients), slope(losses, points)
 
@@ -184,8 +185,10 @@ def estimate(
     constants, *rows = [job.result() for job in bar]
     losses, gradients, variances, squares = zip(*rows, strict=True)
     gradients, squares = torch.stack(gradients).double().cpu(), torch.cat(squares).cpu()
-    sizes, variances = torch.tensor([[len(shard) for shard in clients.train], variances], dtype=torch.float64)
-    shares, noise = sizes / sizes.sum(), sizes.clamp_max(config.batch_size) * variances / sizes
+    sizes = torch.tensor([len(shard) for shard in clients.train], dtype=torch.float64)
+    variances = torch.tensor(variances, dtype=torch.float64)
+    shares = sizes / sizes.sum()
+    noise = sizes.clamp_max(config.batch_size) * variances / sizes
     sharpness, secant, steepest, per_pruned = constants
     error, distance = pruning_distance(prunable, mask)
     return Estimates(
@@ -249,11 +252,13 @@ def assemble(
         found = [getattr(each, name) for each in path for name in names]
         return max(filter(math.isfinite, found), default=math.inf)
 
-    losses, gamma, smooth = [each.loss for each in path], max(gamma, 1.0), max(smooth, largest("sharpness", "secant"))
+    losses = [each.loss for each in path]
+    gamma, smooth = max(gamma, 1.0), max(smooth, largest("sharpness", "secant"))
     pruning = 2 * smooth * largest("lipschitz", "pruning_lipschitz") * sum(distances)
     noise = math.pi**2 / 6 * largest("variance") / participants
     drift = math.pi**2 / 6 * (gamma - 1) * gamma * steps**2 * largest("second_moment")
-    left, initial = sum(each.gradient_square for each in path) / len(path), 2 * smooth * (losses[0] - min(losses))
+    left = sum(each.gradient_square for each in path) / len(path)
+    initial = 2 * smooth * (losses[0] - min(losses))
     if printed:
         pruning, noise = pruning / (3 * smooth**2), noise * (gamma - 1 + 1 / smooth)
     else:
