@@ -109,7 +109,7 @@ def test_resolved_fills_none_with_the_methods_own_values():
     assert config.method_options == {
         "erk": "per_client", "erk_over": "weights", "mask_source": "dense_average", "server_memory": False,
         "upload": "dense", "lambda_schedule": "eq3", "norm": "plain", "bn_statistics": "masked", "test_leak": False,
-        "normalisation": "correct", "shortcuts": "dense",
+        "normalisation": "correct", "shortcuts": "dense", "feedback": "within_round", "reentry": "memory",
     }  # fmt: skip
     assert Config(method="fedprox").resolved().method_options == {"mu": 0.01}
     assert Config(method="feddp").resolved().penalty_max is None  # it has none

@@ -6,6 +6,7 @@ D13, D17), each choice is an option; `repo` takes the code's side and `memory` a
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.seeds import derive
 from ..core.settings import flag, one_of, setting
 from ..core.sparsity import erk_densities, num_kept, random_mask, topk_mask
+from ..core.state import ServerState
 from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, message_of
 
 
@@ -32,7 +34,11 @@ class FedDP(Method):
     initial_sparsity: float = 0.5
     target_sparsity: float = 0.9
     mask_interval: int = 5
-    erk: str = setting("per_client", one_of("per_client", "shared", "none"), "random ERK mask of round 0: whose (D7)")
+    erk: str = setting(
+        "per_client",
+        one_of("per_client", "shared", "magnitude", "none"),
+        "mask of round 0: each client's own random ERK mask, a shared one, that of the initial magnitudes, none (D7)",
+    )
     erk_over: str = setting(
         "weights", one_of("weights", "prunable"), "tensors that ERK spreads its density over: which (D7)"
     )
@@ -40,6 +46,14 @@ class FedDP(Method):
         "dense_average", one_of("dense_average", "masked_average"), "average from which a mask is chosen (D8)"
     )
     server_memory: bool = setting(False, flag(), "the server keeps its dense weights between rounds (D9)")
+    feedback: str = setting(
+        "within_round", one_of("within_round", "none"), "whether pruned weights take steps, too (slides, Eq. 1)"
+    )
+    reentry: str = setting(
+        "memory",
+        one_of("memory", "clipped", "zero"),
+        "where a weight that returns begins: at its dense value, at most at the smallest magnitude kept, at zero",
+    )
     upload: str = setting("dense", one_of("dense", "masked"), "what goes up: all, or only what counts (D10)")
     bn_statistics: str = setting("masked", one_of("masked", "dense"), "model whose batches feed BatchNorm (D12)")
     test_leak: bool = setting(False, flag(), "BatchNorm also sees the client's test images before the upload (D13)")
@@ -66,6 +80,11 @@ class FedDP(Method):
             return super().start()
         return self.erk_mask(derive(self.seed, "mask")), {}
 
+    def begin(self, state: ServerState) -> ServerState:
+        if self.erk != "magnitude":
+            return state
+        return replace(state, mask=self.magnitude_mask(state.weights, self.initial_sparsity))
+
     def erk_mask(self, seed: int) -> Tensor:
         """A random mask (P,) at ERK densities of the initial sparsity. ResNet's shortcuts, where they are not prunable,
         have a share in the density, as in the published code, but stay dense (D7)."""
@@ -86,6 +105,8 @@ class FedDP(Method):
         if "mask_seed" in offer.extras:
             own = self.erk_mask(int(offer.extras["mask_seed"][0]))
             plan = replace(plan, mask=own.to(plan.weights.device))
+        if self.feedback == "none" and plan.mask is not None:
+            plan = replace(plan, add_gradient_=partial(drop_pruned_, mask=plan.mask))
         return plan
 
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
@@ -109,8 +130,23 @@ class FedDP(Method):
             return new
         source = new.weights if self.mask_source == "dense_average" else self.layout.masked(new.weights, new.mask)
         sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
-        prunable = self.layout.prunable
-        return replace(new, mask=topk_mask(source[:prunable].abs(), num_kept(sparsity, prunable)))
+        mask = self.magnitude_mask(source, sparsity)
+        return replace(new, mask=mask, weights=self.readmitted(new.weights, mask, mask & ~state.mask))
+
+    def magnitude_mask(self, weights: Tensor, sparsity: float) -> Tensor:
+        """The global mask (P,) of this sparsity that keeps the largest of the prunable `weights` (n,)."""
+        return topk_mask(weights[: self.layout.prunable].abs(), num_kept(sparsity, self.layout.prunable))
+
+    def readmitted(self, weights: Tensor, mask: Tensor, returning: Tensor) -> Tensor:
+        """The dense `weights` (n,) under their new `mask` (P,): those `returning` to it begin where `reentry` says.
+        While it was pruned, a weight remembered by the server took steps that were never felt, so it may come back
+        far too large."""
+        if self.reentry == "memory" or not returning.any():
+            return weights
+        prunable, weights = weights[: self.layout.prunable], weights.clone()
+        limit = prunable[mask].abs().min() if self.reentry == "clipped" else 0.0
+        weights[: self.layout.prunable] = torch.where(returning, prunable.clamp(-limit, limit), prunable)
+        return weights
 
 
 @dataclass(frozen=True)
@@ -144,9 +180,16 @@ class FedDIP(FedDP):
         add_gradient_ = {"plain": add_norm_gradient_, "squared": add_square_gradient_}[self.norm]
 
         def penalty_(gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
+            if plan.add_gradient_ is not None:
+                plan.add_gradient_(gradient, masked, dense)
             add_gradient_(gradient, masked, self.layout, strength)
 
         return replace(plan, add_gradient_=penalty_)
+
+
+def drop_pruned_(gradient: Tensor, masked: Tensor, dense: Tensor, mask: Tensor) -> None:
+    """Leave the gradient of what `mask` (P,) prunes out of the step: such a weight only decays."""
+    gradient[: len(mask)].mul_(mask)
 
 
 def add_norm_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:

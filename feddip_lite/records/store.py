@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 COLUMNS = (
     "round accuracy loss local_accuracy train_loss sparsity lr penalty up_bytes down_bytes mask_overlap regrown "
-    "pruning_error seconds"
+    "returned pruning_error seconds"
 ).split()
 """Columns of a results file, in order; `top5_accuracy` follows `accuracy` with 100 classes. See docs/design.md."""
 
-INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown")
+INTEGER_COLUMNS = ("round", "up_bytes", "down_bytes", "regrown", "returned")
 
 _SEAL = b',\n "sha256": "'  # at the end of a record stands the SHA-256 of all before it
 METRICS = ("accuracy", "top5_accuracy", "loss", "local_accuracy")

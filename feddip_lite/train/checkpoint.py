@@ -20,7 +20,7 @@ from ..records.store import atomic_write
 from .observe import Observer, Progress, Run
 from .round import RoundRecord
 
-MAGIC = b"feddip_lite checkpoint 2\n"
+MAGIC = b"feddip_lite checkpoint 3\n"
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
 _REST = ("rows", "up_bytes", "down_bytes", "regrown", "skipped", "wall_seconds", "train_loss", "observed")
 
@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
         "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
         "memory": dict(state.memory),
         "memories": {client: dict(memory) for client, memory in state.memories.items()},
-        "row_mask": progress.row_mask,
+        "masks": {"row_mask": progress.row_mask, "pruned": progress.pruned},
         "rest": json.dumps({name: getattr(progress, name) for name in _REST}),
     }
     buffer = io.BytesIO()
@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
         content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
         there, here = json.loads(content["config"]), json.loads(_identity(config))
         state = ServerState(**content["state"], memory=content["memory"], memories=content["memories"])
-        progress = Progress(state, row_mask=content["row_mask"], **json.loads(content["rest"]))
+        progress = Progress(state, **content["masks"], **json.loads(content["rest"]))
     except Exception as error:  # whole, but not ours; torch and pickle raise many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(f"{path}: not a checkpoint ({reason}); delete it to start the run again") from error

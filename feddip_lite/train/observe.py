@@ -30,6 +30,7 @@ class Progress:
     Attributes:
         rows: of the history so far; `row_mask` is the mask of the last one, before the first row the one that the run
             began with.
+        pruned: (P,) bool, the weights that some mask so far has pruned.
         up_bytes, down_bytes, regrown: what is not yet in a row.
         skipped: clients that failed, {round, client, reason} each.
         train_loss: of the last round.
@@ -39,6 +40,7 @@ class Progress:
     state: ServerState
     rows: list[dict] = field(default_factory=list)
     row_mask: Tensor | None = None
+    pruned: Tensor | None = None
     up_bytes: int = 0
     down_bytes: int = 0
     regrown: int = 0
@@ -49,11 +51,12 @@ class Progress:
 
     def __post_init__(self):
         if self.row_mask is None:
-            self.row_mask = self.state.mask
+            self.row_mask, self.pruned = self.state.mask, ~self.state.mask
 
     def take(self, state: ServerState, record: RoundRecord) -> None:
         """Note what a round did: its state, bytes, returned weights and loss, and who was skipped."""
         self.state, self.train_loss = state, record.train_loss
+        self.pruned = self.pruned | ~state.mask
         self.up_bytes += record.up_bytes
         self.down_bytes += record.down_bytes
         self.regrown += record.regrown
@@ -62,11 +65,13 @@ class Progress:
 
     def add_row(self, record: RoundRecord, metrics: dict, seconds: float) -> None:
         """Add a line to the history: bytes and regrown weights are summed over the rounds since the line before, the
-        overlap is that with its mask, all else is the last round's."""
+        overlap is that with its mask, `returned` are the weights that are kept now and once were pruned, all else is
+        the last round's."""
         known = {name: getattr(record, name) for name in COLUMNS if hasattr(record, name)}
         since = {name: getattr(self, name) for name in ("up_bytes", "down_bytes", "regrown")}
-        overlap = jaccard(self.row_mask, self.state.mask)
-        self.rows.append({**known, **metrics, **since, "mask_overlap": overlap, "seconds": seconds})
+        masks = {"mask_overlap": jaccard(self.row_mask, self.state.mask)}
+        masks["returned"] = int((self.state.mask & self.pruned).sum())
+        self.rows.append({**known, **metrics, **since, **masks, "seconds": seconds})
         self.wall_seconds += seconds
         self.up_bytes = self.down_bytes = self.regrown = 0
         self.row_mask = self.state.mask

@@ -153,6 +153,48 @@ def test_weight_that_only_the_server_remembers_returns_under_memory(layout):
     assert not bool(merge(method_of(layout, "paper"), state, unchanged).mask[pruned])
 
 
+# No feedback, and where a weight that returns begins
+
+
+@PRESETS
+@pytest.mark.parametrize("cls", [FedDP, FedDIP])
+@pytest.mark.parametrize("t", [0, 10])
+def test_without_feedback_pruned_weights_stay_and_kept_ones_move_as_with_it(layout, model, preset, cls, t):
+    config, ends = tiny_config(local_epochs=2, batch_size=5, weight_decay=0.0), []
+    state = state_of(layout, random_bools(layout.prunable) if t else None, t=t)
+    for feedback in ("within_round", "none"):
+        method = method_of(layout, preset, cls, feedback=feedback)
+        plan = method.plan(method.offer(state, t, 1), {}, t)
+        assert method.penalty(t) > 0 or t == 0 or cls is FedDP
+        ends.append(local_update(model, plan, tiny_data(), torch.arange(20), config, t, 1).weights)
+    kept = torch.cat([plan.mask, torch.ones(layout.size - layout.prunable, dtype=torch.bool)])
+    assert torch.equal(ends[0][kept], ends[1][kept])
+    assert torch.equal(ends[1][~kept], plan.weights[~kept])
+    assert not torch.equal(ends[0][~kept], plan.weights[~kept])
+
+
+def test_without_feedback_no_weight_returns_after_the_first_mask(train):
+    rounds = train(tiny_config(rounds=6, mask_interval=1, method_options={"feedback": "none"}))
+    assert [record.regrown for _, record in rounds[1:]] == [0] * 5
+
+
+@pytest.mark.parametrize("reentry", ["memory", "clipped", "zero"])
+def test_returning_weights_begin_where_reentry_says_and_all_else_is_the_same(layout, reentry):
+    mask = random_bools(layout.prunable)
+    state = state_of(layout, mask, t=5)
+    usual, own = (
+        merge(method_of(layout, "memory", reentry=each), state, layout.masked(state.weights, mask))
+        for each in ("memory", reentry)
+    )
+    returned = usual.mask & ~mask
+    assert int(returned.sum()) > 5 and torch.equal(own.mask, usual.mask)
+    remembered, found = (each.weights[: layout.prunable] for each in (usual, own))
+    limits = {"memory": math.inf, "clipped": remembered[usual.mask].abs().min().item(), "zero": 0.0}
+    assert torch.equal(found[returned], remembered[returned].clamp(-limits[reentry], limits[reentry]))
+    assert torch.equal(found[~returned], remembered[~returned])
+    assert torch.equal(own.weights[layout.prunable :], usual.weights[layout.prunable :])
+
+
 # The mask of round 0 (D7)
 
 
@@ -233,6 +275,17 @@ def test_shared_mask_of_round_0_is_a_function_of_the_seed_and_goes_out_with_the_
     plans = [method.plan(method.offer(state_of(layout, masks[0]), 0, client), {}, 0) for client in (1, 2)]
     assert all(torch.equal(plan.mask, masks[0]) for plan in plans)
     assert torch.equal(plans[0].weights, layout.masked(state_of(layout).weights, masks[0]))
+
+
+def test_magnitude_mask_of_round_0_keeps_the_largest_initial_weights_and_goes_out_with_the_first_download(layout):
+    method = method_of(layout, erk="magnitude", initial_sparsity=0.7)
+    state = method.begin(state_of(layout))
+    magnitudes = state.weights[: layout.prunable].abs()
+    assert int(state.mask.sum()) == num_kept(0.7, layout.prunable)
+    assert magnitudes[state.mask].min() > magnitudes[~state.mask].max()
+    plan = method.plan(method.offer(state, 0, 1), {}, 0)
+    assert torch.equal(plan.mask, state.mask)
+    assert torch.equal(plan.weights, layout.masked(state.weights, state.mask))
 
 
 def test_without_an_erk_mask_round_0_is_dense(layout):

@@ -17,7 +17,16 @@ from scipy import stats
 
 import feddip_lite
 from feddip_lite import load_results, run
-from feddip_lite.records.store import COLUMNS, ROOT, atomic_write, headline, read_mask, read_run, save_run
+from feddip_lite.records.store import (
+    COLUMNS,
+    INTEGER_COLUMNS,
+    ROOT,
+    atomic_write,
+    headline,
+    read_mask,
+    read_run,
+    save_run,
+)
 from feddip_lite.report.statistics import interval
 
 
@@ -26,7 +35,7 @@ def history_of(rounds=15, seed=0, **columns):
     draw = np.random.default_rng(seed)
     table = {name: draw.random(rounds) * 10.0 ** draw.integers(-300, 300, rounds) for name in COLUMNS}
     table |= {"round": np.arange(rounds), "accuracy": draw.random(rounds), "local_accuracy": [math.nan] * rounds}
-    table |= {name: draw.integers(0, 2**50, rounds) for name in ("up_bytes", "down_bytes", "regrown")}
+    table |= {name: draw.integers(0, 2**50, rounds) for name in INTEGER_COLUMNS[1:]}
     table["lr"] = 0.1 * 0.998 ** np.arange(rounds)
     return pd.DataFrame({**table, **columns})
 

@@ -131,7 +131,7 @@ def foreign_checkpoints(good: bytes, trap) -> dict[str, tuple[bytes, str]]:
     content = torch.load(io.BytesIO(good[len(MAGIC) + 65 :]), weights_only=True)
     state = content["state"]
     return {
-        "of another version": (good.replace(b"checkpoint 2", b"checkpoint 9", 1), "not a checkpoint of this version"),
+        "of another version": (good.replace(b"checkpoint 3", b"checkpoint 9", 1), "not a checkpoint of this version"),
         "a pickle": (pickle.dumps(Exploit(trap)), "not a checkpoint of this version"),
         "with a pickle inside": (sealed({**content, "memory": Exploit(trap)}), "not a checkpoint (UnpicklingError"),
         "with a part missing": (sealed({"config": content["config"]}), "not a checkpoint (KeyError"),

@@ -88,7 +88,7 @@ def test_rare_evaluation_shares_its_rows_and_sums_what_happened_between_them(tra
     assert rare["round"].tolist() == ends
     shared = every[every["round"].isin(ends)].reset_index(drop=True)
     summed = ["up_bytes", "down_bytes", "regrown"]
-    others = [*summed, "mask_overlap"]
+    others = [*summed, "mask_overlap"]  # `returned` is a matter of the masks so far, whoever looks
     assert same_history(rare.drop(columns=others), shared.drop(columns=others))
     assert every["regrown"].sum() > 0
     for name in summed:
@@ -96,6 +96,21 @@ def test_rare_evaluation_shares_its_rows_and_sums_what_happened_between_them(tra
     masks = [state.mask for state, _ in train(config)]
     before = [torch.ones_like(masks[0]), *(masks[t] for t in ends)]
     assert rare["mask_overlap"].tolist() == [jaccard(a, masks[t]) for a, t in zip(before, ends, strict=False)]
+
+
+def test_returned_weights_over_regrown_is_how_many_rounds_one_stays(train):
+    config = tiny_config(rounds=8, lr=0.2, **{**GROWING, "mask_interval": 1})
+    rows, masks = run(config, progress=False), [state.mask.tolist() for state, _ in train(config)]
+    stays = []
+    for kept in zip(*masks, strict=True):  # the fate of one weight
+        returned = False
+        for before, now in zip((True, *kept), kept, strict=False):
+            returned = now and (returned or not before)
+            if returned and not before:
+                stays.append(0)
+            stays[-1:] = [stays[-1] + 1] if returned else stays[-1:]
+    assert len(stays) == rows["regrown"].sum() > 0
+    assert sum(stays) == rows["returned"].sum()
 
 
 def test_a_row_per_round_is_what_the_rounds_say_of_themselves(train):
