@@ -12,9 +12,32 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..records.catalogue import comparable
+from ..records.catalogue import comparable, rows_choosing_masks
 from ..records.names import labels
-from ..records.store import headline
+from ..records.store import HEADLINE_ROWS, headline
+
+
+def summaries(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per run: `headline`'s; `mask_overlap`, the mean over the rows that choose a mask, without the first, which
+    replaces the mask that the run began with; `end_minus_best`, the mean accuracy of the last ten evaluated rounds
+    minus that of the best ten in a row; `regrown`, how many weights returned in the whole run; and `stay_rounds`, how
+    many rounds a returned weight stays on average, those to the end that are kept to the end. NaN of a run that
+    diverged, and where nothing returned or the record is older than the column `returned`."""
+    rows, chosen = headline(runs).set_index("run_id"), rows_choosing_masks(runs)
+    runs = runs.sort_values("round", ignore_index=True)
+    runs["returned"] = runs.get("returned", np.nan)
+    accuracy = runs.groupby("run_id")["accuracy"]
+    best = accuracy.agg(lambda own: own.rolling(min(HEADLINE_ROWS, len(own))).mean().max())
+    replaced = chosen[chosen.groupby("run_id").cumcount() > 0].groupby("run_id")["mask_overlap"].mean()
+    since = runs.groupby("run_id")["round"].diff().fillna(runs["round"] + 1)  # rounds that a row stands for
+    stays = (runs["returned"] * since).groupby(runs["run_id"]).sum(min_count=1)
+    regrown = runs.groupby("run_id")["regrown"].sum().where(rows["diverged"] == "")
+    return rows.assign(
+        end_minus_best=rows["accuracy"] - best,
+        mask_overlap=replaced,
+        regrown=regrown,
+        stay_rounds=stays / regrown.replace(0, np.nan),
+    )
 
 
 def interval(values) -> tuple[float, float]:

@@ -9,13 +9,18 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ..records.catalogue import RECORDED, main_runs, recorded, rows_choosing_masks, shared_start
+from ..records.catalogue import RECORDED, main_runs, recorded, shared_start
 from ..records.names import SHARED_START, splits
-from ..records.store import HEADLINE_ROWS, ROOT, headline
-from ..report.statistics import by_seed, interval, quantity
+from ..records.store import ROOT
+from ..report.statistics import by_seed, interval, quantity, summaries
 from ..studies import merging
+from .chosen import WORDS as CHOSEN
+from .chosen import chosen
 from .cost.tables import judged_clients
+from .equal_bytes import equal_bytes
+from .ingredients import by_sparsity
 from .layers import across_seeds
+from .second_order import read_second_order
 from .sparsity_sweep import recorded_sweep
 
 RULES = ROOT / "params" / "claims.yaml"
@@ -68,11 +73,18 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], p
             records = shared_start(records)
         alike = records[records["setting"].isin(runs["setting"])]  # with its ablations
         found[_source_name(name, each, profile)] = (_briefly(runs), summaries(alike))
-    lenet = everything[(everything["model"] == "lenet5") & (everything["partition"] == "iid")]
-    swept, merged = recorded_sweep(lenet[lenet["dataset"] == "fashionmnist"]), recorded(f"merging/{profile}", folder)
+    lenet = everything[(everything["model"] == "lenet5") & (everything["dataset"] == "fashionmnist")]
+    even, merged = lenet[lenet["partition"] == "iid"], recorded(f"merging/{profile}", folder)
+    swept, variants = recorded_sweep(even), by_sparsity(lenet)
     where = f"{_briefly(swept)}, IID" if len(swept) else ""
     found["sweep"] = (where, swept.assign(split=[f"s = {target:g}" for target in swept["target_sparsity"]]))
     found["across_seeds"] = (where, _pairs(folder / profile, swept))
+    found["by_sparsity"] = (_briefly(variants) if len(variants) else "", variants)
+    preferred = pd.concat([*(chosen(even, name) for name in CHOSEN), variants[variants["label"] == "FedDP"]])
+    found["chosen"] = found["by_sparsity"][0], preferred
+    usual = comparisons.get(("lenet5_fashionmnist", profile))
+    found["equal_bytes"] = ("", even) if usual is None else (_briefly(usual), equal_bytes(lenet, usual))
+    found["second_order"] = found["by_sparsity"][0], read_second_order(folder)
     found["merging"] = (_briefly(merged) if len(merged) else "", merging.per_run(merged))
     found["cost_cpu"] = ("one client's training", judged_clients(folder.parent / "benchmarks"))
     return found
@@ -126,17 +138,6 @@ def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:
         return own
     best = values[others].max(axis=1).to_numpy()
     return own / best if measure["by"] == "ratio" else own - best
-
-
-def summaries(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: `headline`'s; `mask_overlap`, the mean over the rows that choose a mask, without the first, which
-    replaces the mask that the run began with; and `end_minus_best`, the mean accuracy of the last ten evaluated rounds
-    minus that of the best ten in a row. NaN of a run that diverged."""
-    rows, chosen = headline(runs).set_index("run_id"), rows_choosing_masks(runs)
-    accuracy = runs.sort_values("round").groupby("run_id")["accuracy"]
-    best = accuracy.agg(lambda own: own.rolling(min(HEADLINE_ROWS, len(own))).mean().max())
-    replaced = chosen[chosen.groupby("run_id").cumcount() > 0].groupby("run_id")["mask_overlap"].mean()
-    return rows.assign(end_minus_best=rows["accuracy"] - best, mask_overlap=replaced)
 
 
 def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | list[float]) -> str:

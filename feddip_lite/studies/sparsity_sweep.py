@@ -27,7 +27,7 @@ DENSE = NAMES["fedavg"]
 def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
     """The runs, one row each as `headline` has them, that differ from the usual FedDIP run in target sparsity, method
     and seed alone; methods with a single target sparsity are left out. FedAvg has none: it stands at every sparsity."""
-    runs = _at_home(results)
+    runs = headline(at_home(results))
     runs = runs[(runs["changed"] == "") & (runs["preset"] == "paper") & (runs["weight_decay"] == DECAY)]
     targets = runs.groupby("method")["target_sparsity"].nunique()
     swept = runs[runs["method"].isin(targets.index[targets > 1])]
@@ -78,7 +78,7 @@ def ablations(results: pd.DataFrame) -> pd.DataFrame:
     """The runs of FedDIP and FedDP, one row each, with a column `variant`: what was changed of FedDIP. FedDP is FedDIP
     without its penalty; runs without weight decay are there with and without it. Of the shared random start (D7) there
     is FedDIP alone, since all else would be two changes. None if FedDIP itself is missing."""
-    runs = _at_home(results)
+    runs = headline(at_home(results))
     runs = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["changed"] != "upload")]
     alone = (runs["method"] == "feddip") & (runs["preset"] == "paper") & runs["changed"].isin(["erk", "erk, erk_over"])
     runs = pd.concat([own_start(runs), runs[alone]])
@@ -139,12 +139,12 @@ def ablation(runs: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _at_home(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per run that shares all but sparsity, weight decay, seed and what belongs to a method with most FedDIP
-    runs."""
-    runs = headline(results)
-    alike = runs.groupby(_SHARED, dropna=False).ngroup()
-    return runs[alike.isin(alike[runs["method"] == "feddip"].mode().head(1))]
+def at_home(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs that share all but sparsity, weight decay, seed and what belongs to a method with most FedDIP runs."""
+    first = results.drop_duplicates("run_id")
+    alike = first.groupby(_SHARED, dropna=False).ngroup()
+    home = alike[first["method"] == "feddip"].mode().head(1)
+    return results[results["run_id"].isin(first.loc[alike.isin(home), "run_id"])]
 
 
 def _variant(run: pd.Series) -> str:

@@ -1,6 +1,7 @@
 """Laws of verdicts: interval, side and threshold decide; partitions are counted; references are paired by seed."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ import yaml
 from feddip_lite.records.catalogue import profile_queue, rows_choosing_masks
 from feddip_lite.records.names import NAMES
 from feddip_lite.records.store import COLUMNS, ROOT, headline, save_run
-from feddip_lite.studies.claims import RULES, claims_table, judged, measured, summaries, verdict
+from feddip_lite.report.statistics import summaries
+from feddip_lite.studies.claims import RULES, claims_table, judged, measured, verdict
 
 TIGHT, WIDE = np.array([0.10, 0.11, 0.12]), np.array([-0.1, 0.1, 0.3])
 ROUNDS = 24
@@ -23,7 +25,14 @@ def runs(**accuracies):
     for label, values in accuracies.items():
         for seed, accuracy in enumerate(values):
             run = pd.DataFrame({"round": range(ROUNDS), "accuracy": accuracy, "loss": 1.0, "local_accuracy": np.nan})
-            facts = {"up_bytes": 3, "down_bytes": 10 + seed, "mib": 1.0, "mask_interval": 5, "mask_overlap": 0.5}
+            facts = {
+                "up_bytes": 3,
+                "down_bytes": 10 + seed,
+                "mib": 1.0,
+                "mask_interval": 5,
+                "mask_overlap": 0.5,
+                "regrown": 0,
+            }
             facts["diverged"] = ""
             frames.append(run.assign(label=label, seed=seed, run_id=f"{label}{seed}", **facts))
     return pd.concat(frames)
@@ -103,10 +112,12 @@ def test_without_results_nothing_is_claimed(tmp_path):
 def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
     sources = {f"{config.model}_{config.dataset}" for config in profile_queue("lite")}
     sources |= {f"{config.model}_{config.dataset}_long" for config in profile_queue("long")}
-    sources |= {"sweep", "across_seeds", "merging", "cost_cpu"}
+    sources |= {"sweep", "across_seeds", "merging", "cost_cpu", "by_sparsity", "chosen", "equal_bytes", "second_order"}
     for claim in yaml.safe_load(RULES.read_text())["claims"]:
         measure = claim["measure"]
-        assert {name.partition(" (")[0] for name in (*measure.get("to", []), *measure["of"])} <= set(NAMES.values())
+        assert {re.split(r" \(|, ", name)[0] for name in (*measure.get("to", []), *measure["of"])} <= set(
+            NAMES.values()
+        )
         assert set(measure["from"]) <= sources
         assert (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
 

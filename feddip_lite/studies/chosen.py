@@ -1,0 +1,47 @@
+"""Settings chosen on held-out training data, then tested once on the whole: `params/lite.yaml`, tiers 7 and 12."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pandas as pd
+
+from ..config import UNHASHED, Config
+from ..records.names import title_of
+from ..records.store import headline
+from ..report.statistics import mean_of
+
+_CONFIG = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config) if item.name not in UNHASHED]
+WORDS = {"penalty_max": "penalty", "weight_decay": "weight decay", "initial_lr": "learning rate"}
+
+
+def _alike(runs: pd.DataFrame, varied: str) -> list[pd.DataFrame]:
+    """Groups of runs that share all settings but `varied`, seed, and whether a part of the training set is held out;
+    those with two values of `varied` tried on held-out samples."""
+    same = [name for name in _CONFIG if name not in (varied, "seed", "validation")]
+    groups = [own for _, own in runs.groupby(same, dropna=False)]
+    return [own for own in groups if own.loc[own["validation"] > 0, varied].nunique() > 1]
+
+
+def chosen(results: pd.DataFrame, varied: str) -> pd.DataFrame:
+    """The runs on the whole training set, one row each as `headline` has them, whose value of `varied` was the best on
+    held-out samples: highest final accuracy there, the smaller value where two are equal. Labels say what was chosen,
+    and `split` the target sparsity. None of a setting that was chosen but not run yet."""
+    found = []
+    for own in _alike(headline(results), varied):
+        held = own[own["validation"] > 0].groupby(varied)["accuracy"].mean()
+        tested = own[(own["validation"] == 0) & (own[varied] == held.idxmax())]
+        labels = tested["method"].map(title_of) + f", chosen {WORDS[varied]}"
+        found.append(tested.assign(label=labels, split=[f"s = {s:g}" for s in tested["target_sparsity"]]))
+    return pd.concat(found, ignore_index=True) if found else headline(results).iloc[:0]
+
+
+def candidates_table(results: pd.DataFrame, varied: str) -> pd.DataFrame:
+    """What was tried on held-out samples, unjudged: a row per method and target sparsity, a column per value."""
+    rows = []
+    for own in _alike(headline(results), varied):
+        held = own[own["validation"] > 0]
+        row = {"method": title_of(held["method"].iloc[0]), "target sparsity": f"{held['target_sparsity'].iloc[0]:g}"}
+        tried = {f"{value:g}": mean_of(each["accuracy"], 4) for value, each in held.groupby(varied)}
+        rows.append(row | tried | {f"chosen {WORDS[varied]}": f"{held.groupby(varied)['accuracy'].mean().idxmax():g}"})
+    return pd.DataFrame(rows)

@@ -1,0 +1,133 @@
+"""Laws of the questions about FedDIP's ingredients: which runs are compared, and what the words and figures say."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from feddip_lite import Config
+from feddip_lite.core.schedules import penalty_at
+from feddip_lite.records.names import describe
+from feddip_lite.report.statistics import summaries
+from feddip_lite.studies import chosen, equal_bytes, start
+from feddip_lite.studies.ingredients import (
+    FEEDBACK,
+    PENALTIES,
+    REENTRY,
+    by_sparsity,
+    crossed,
+    ingredients,
+    returns_table,
+)
+
+pytestmark = pytest.mark.usefixtures("agg")
+ROUNDS = 20
+MEAN = sum(penalty_at(t, 1e-3, 20, ROUNDS) for t in range(ROUNDS)) / ROUNDS
+
+
+def recorded_runs(*runs):
+    """Described runs of these (changes of the configuration, columns of the history)."""
+    frames = []
+    for changes, columns in runs:
+        config = Config(**{"dataset": "fashionmnist", "rounds": ROUNDS, **changes}).resolved()
+        facts = asdict(config) | {"initial_lr": config.lr, "method_options": json.dumps(config.method_options)}
+        rows = {"round": range(config.rounds), "accuracy": 0.5, "loss": 1.0, "local_accuracy": math.nan}
+        rows |= {"sparsity": 0.9, "up_bytes": 2**19, "down_bytes": 2**19, "diverged": "", "mask_overlap": 1.0}
+        rows |= {"regrown": 0, "returned": 0, **columns}
+        frames.append(pd.DataFrame(rows).assign(run_id=config.run_id, **{**facts, "lr": config.lr}))
+    return describe(pd.concat(frames, ignore_index=True))
+
+
+def test_every_cell_of_feedback_by_penalty_and_every_reentry_has_its_runs():
+    constant = {"penalty_max": MEAN}
+    feedbacks = ({"method_options": {"feedback": "none"}}, {}, {"preset": "memory"})
+    cells = {}
+    for fed_back, own in zip(FEEDBACK, feedbacks, strict=True):
+        options = own.get("method_options", {})
+        cells[fed_back, "none"] = {**own, "method": "feddp"}
+        cells[fed_back, "growing"] = own
+        cells[fed_back, "constant"] = {**own, **constant, "method_options": {**options, "lambda_schedule": "constant"}}
+    again = {begins: {"preset": "memory", "method_options": {"reentry": begins}} for begins in REENTRY[2:]}
+    strays = [
+        {"penalty_max": 0.01},
+        {"mask_interval": 1},
+        {"preset": "repo"},
+        {"weight_decay": 0.0},
+        {"method": "fedavg"},
+    ]
+    strays += [{"method_options": {"lambda_schedule": "constant"}}, {"method_options": {"erk": "none"}}]
+    runs = [(each, {}) for each in (*cells.values(), *again.values(), *strays)]
+    found = ingredients(recorded_runs(*runs))
+    named = found[found["begins"].isin(REENTRY[:2])]
+    assert sorted(zip(named["fed_back"], named["penalised"], strict=True)) == sorted(cells)
+    assert len(found) == len(cells) + len(again)
+    assert sorted(found["begins"].unique()) == sorted(REENTRY)
+    assert set(found["penalised"]) == set(PENALTIES)
+    assert len(returns_table(found)) == len(found)
+    crossed(found, "title")
+
+
+def test_target_sparsities_and_partitions_are_told_apart_and_other_settings_left_out():
+    runs = [({"target_sparsity": s, "partition": p}, {}) for s in (0.9, 0.98) for p in ("iid", "pathological")]
+    others = [({"rounds": 7}, {}), ({"validation": 0.1}, {}), ({"lr": 0.3}, {}), ({"width": 0.5}, {})]
+    found = by_sparsity(recorded_runs(*runs, *others))
+    where = ["s = 0.9", "s = 0.98", "s = 0.9, 2 classes per client", "s = 0.98, 2 classes per client"]
+    assert found["split"].tolist() == where
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_returned_weight_stays_as_long_as_the_rows_say(every):
+    kept = np.where(np.arange(ROUNDS) >= 5, 3, 0)  # three weights return in round 5 and stay
+    rows = {"round": range(every - 1, ROUNDS, every)}
+    rows |= {"returned": kept[every - 1 :: every], "regrown": np.where(kept[every - 1 :: every], 3, 0)}
+    rows["regrown"][np.argmax(rows["regrown"] > 0) + 1 :] = 0
+    config = Config(dataset="fashionmnist", rounds=ROUNDS)
+    run = recorded_runs(({}, {})).iloc[every - 1 :: every].assign(**rows)
+    found = summaries(run).loc[config.run_id]
+    assert (found["regrown"], found["stay_rounds"]) == (3, 15)
+    older = summaries(run.drop(columns="returned")).loc[config.run_id]
+    assert math.isnan(older["stay_rounds"])
+
+
+def test_the_best_on_held_out_samples_is_what_is_tested():
+    grid = {0.001: 0.6, 0.003: 0.8, 0.01: 0.7}
+    held = [({"penalty_max": peak, "validation": 0.1}, {"accuracy": value}) for peak, value in grid.items()]
+    tested = [({"penalty_max": peak, "seed": seed}, {"accuracy": 0.1}) for peak in grid for seed in (0, 1)]
+    alone = [({"method": "feddp", "validation": 0.1}, {}), ({"method": "feddp"}, {})]  # one value: nothing to choose
+    results = recorded_runs(*held, *tested, *alone)
+    found = chosen.chosen(results, "penalty_max")
+    assert found["penalty_max"].unique().tolist() == [0.003]
+    assert found["label"].tolist() == ["FedDIP, chosen penalty"] * 2
+    (row,) = chosen.candidates_table(results, "penalty_max").to_dict("records")
+    assert row["chosen penalty"] == "0.003" and row["0.01"] == "0.7000"
+    assert chosen.chosen(results, "initial_lr").empty
+
+
+def test_fedavg_is_stopped_at_feddips_bytes_and_other_dense_forms_are_told_by_what_they_change():
+    rising = {"accuracy": np.arange(ROUNDS) / 100}
+    cheap = {"up_bytes": 2**18, "down_bytes": 2**18}  # half of FedAvg's
+    usual = recorded_runs(({"method": "fedavg"}, rising), ({}, {**cheap, "accuracy": 0.3}))
+    others = [{"rounds": 12, "lr_decay": 0.9}, {"width": 0.5}, {"width": 0.5, "lr": 0.3}, {"validation": 0.1}]
+    results = pd.concat([usual, recorded_runs(*(({"method": "fedavg", **each}, {}) for each in others))])
+    found = equal_bytes.equal_bytes(results, usual).set_index("label")
+    assert sorted(found.index) == sorted(equal_bytes.FORMS)
+    assert found.loc[equal_bytes.STOPPED, "accuracy"] == pytest.approx(np.mean(np.arange(10)) / 100)
+    assert found.loc[equal_bytes.SHORTER, "rounds"] == 12 and found.loc[equal_bytes.NARROWER, "width"] == 0.5
+    shares = equal_bytes.equal_bytes_table(found.reset_index()).set_index("model")["bytes / FedDIP's"]
+    assert (shares["FedAvg"], shares[equal_bytes.STOPPED]) == ("2.000", "1.000")
+    equal_bytes.for_equal_bytes(found.reset_index(), "title")
+
+
+def test_each_start_is_named_by_what_round_0_sees():
+    masks = [({"method_options": {"erk": erk}}, {}) for erk in start.STARTS]
+    others = [({"method": "fedavg"}, {}), ({"method": "fedsparsify_global"}, {}), ({"method": "snip"}, {})]
+    strays = [({"target_sparsity": 0.98}, {}), ({"penalty_max": 0.01}, {}), ({"preset": "memory"}, {})]
+    runs = recorded_runs(*masks, ({"initial_sparsity": 0.0}, {}), *others, *strays)
+    found = start.starts(runs)
+    assert sorted(found["start"]) == sorted([*start.STARTS.values(), start.UNPRUNED, *start.OTHERS])
+    table = start.starts_table({"LeNet-5": found})
+    assert table["start"].tolist() == [*start.OTHERS, start.UNPRUNED, *start.STARTS.values()]
+    start.by_start({"LeNet-5": found}, "title")
