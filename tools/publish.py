@@ -23,7 +23,7 @@ from feddip_lite.records.store import ROOT, atomic_write
 from feddip_lite.report import curves, diagrams
 from feddip_lite.report.style import save_figure
 from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
-from feddip_lite.studies import layers, sparsity_sweep
+from feddip_lite.studies import equal_bytes, ingredients, layers, second_order, sparsity_sweep, start
 from feddip_lite.studies.bound import figures as bound_figures
 from feddip_lite.studies.bound import tables as bound_tables
 from feddip_lite.studies.claims import RULE, claims_table
@@ -136,7 +136,28 @@ def cost(root: Path) -> Named:
         yield "cost_files", cost_figures.file_sizes(record["models"], f"Size of pruned models, counted. {source}")
 
 
-PARTS = (ideas, accuracies, masks, extreme, bound, cost)
+def findings(root: Path) -> Named:
+    """The questions of docs/findings.md, each as soon as what it compares is recorded."""
+    records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist")
+    title, usual = "Recorded, profile lite", comparisons(root).get(("lite", "lenet5_fashionmnist"))
+    varied = ingredients.ingredients(records)
+    if set(ingredients.FEEDBACK) <= set(varied["fed_back"]):
+        yield "ingredients", ingredients.crossed(varied, f"{title}: feedback and penalty")
+    networks = {"LeNet-5, Fashion-MNIST": records[records["partition"] == "iid"]}
+    networks["AlexNet (0.25), CIFAR-10"] = recorded("start", root / "results", model="alexnet", partition="iid")
+    begun = {name: start.starts(runs) for name, runs in networks.items()}
+    begun = {name: rows for name, rows in begun.items() if start.STARTS["none"] in set(rows["start"])}
+    if begun:
+        yield "start", start.by_start(begun, f"{title}: what round 0 sees; T = 200")
+    curvatures = second_order.read_second_order(root / "results")
+    if len(curvatures):
+        yield "second_order", second_order.second_order(curvatures, f"{title}: magnitude and second order")
+    forms = equal_bytes.equal_bytes(records, usual) if usual is not None else pd.DataFrame(columns=["label"])
+    if {equal_bytes.SHORTER, equal_bytes.NARROWER} <= set(forms["label"]):
+        yield "equal_bytes", equal_bytes.for_equal_bytes(forms, f"{title}: dense models for FedDIP's bytes")
+
+
+PARTS = (ideas, accuracies, masks, extreme, bound, cost, findings)
 
 
 # ---- README and docs
@@ -152,6 +173,7 @@ def generated_parts(root: Path) -> dict[tuple[str, str], str]:
         ("README.md", "cost"): cost_part(root),
         ("README.md", "benchmark"): benchmark_part(root),
         ("docs/claims.md", "claims"): claims.replace("](notebooks/", "](../notebooks/"),
+        **{("docs/findings.md", f"question-{number}"): text for number, text in questions(root).items()},
     }
 
 
@@ -199,6 +221,7 @@ def results_part(root: Path) -> str:
 def claims_part(root: Path) -> str:
     """The settings, every claim and its verdict, and the rule behind the verdicts; links start from the checkout."""
     table = claims_table(root / "results", root / "params" / "claims.yaml")
+    table = table[table["question"] == 0].drop(columns="question")
     links = [f"[{name[:2]}](notebooks/{name}.ipynb)" for name in table["notebook"]]
     again = table.duplicated(["claim", "source", "notebook"])  # a claim's further settings
     table = table.assign(notebook=links)
@@ -207,6 +230,23 @@ def claims_part(root: Path) -> str:
         f"- {runs['setting'].iloc[0]} (profile `{profile}`)" for (profile, _), runs in comparisons(root).items()
     )
     return "\n\n".join(part for part in (settings, markdown(table), RULE) if part)
+
+
+def questions(root: Path) -> dict[int, str]:
+    """Of each question that docs/findings.md asks: its figure, as soon as it is drawn, what is measured, and the
+    verdicts in sentences."""
+    table, found = claims_table(root / "results", root / "params" / "claims.yaml"), {}
+    figures = {1: "ingredients", 3: "start", 5: "second_order", 6: "equal_bytes"}
+    for number, own in table[table["question"] > 0].groupby("question"):
+        figure = root / "figures" / f"{figures.get(number)}.png"
+        shown = [f"![](../figures/{figure.name})"] * figure.exists()
+        said = [
+            f"- {row.claim}: **{row.verdict}**. {row.measured}: {row.values}." if row.values != "-" else
+            f"- {row.claim}: not measured yet."
+            for row in own.rename(columns={"ours, n seeds": "values"}).itertuples()
+        ]  # fmt: skip
+        found[number] = "\n\n".join([*shown, "\n".join(said)])
+    return found
 
 
 def cost_part(root: Path) -> str:

@@ -38,12 +38,14 @@ Source = tuple[str, pd.DataFrame]
 
 def claims_table(folder: Path, path: Path = RULES) -> pd.DataFrame:
     """Each claim of the file `path`, a row per setting and method that measure it, from the recorded runs under
-    `folder`; `RULE` is behind the verdicts. Of a claim that nothing measures yet there is one row."""
+    `folder`; `RULE` is behind the verdicts. Of a claim that nothing measures yet there is one row. `question` is that
+    of docs/findings.md which the claim answers; 0 for a claim of the sources."""
     document = yaml.safe_load(path.read_text())
     comparisons = {(name, each): runs for each in RECORDED for name, runs in main_runs(each, folder).items()}
     sources, rows = _sources(folder, document["profile"], comparisons), []
     for claim in document["claims"]:
         said = {"claim": claim["claim"] + " ‡" * claim.get("known", False), "source": claim["source"]}
+        said["question"] = claim.get("question", 0)
         untested = _row("-", in_words(claim["measure"], claim["good"]), "-", "not tested at this scale")
         for row in list(_judge(claim, sources)) or [untested]:
             rows.append({**said, **row, "notebook": claim["notebook"]})

@@ -69,7 +69,7 @@ def test_there_is_no_other_figure():
 @pytest.fixture
 def checkout(tmp_path):
     """A README, docs and rules, and no results."""
-    for name in ("README.md", "docs/claims.md", "params/claims.yaml"):
+    for name in ("README.md", "docs/claims.md", "docs/findings.md", "params/claims.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -88,7 +88,9 @@ def test_writing_twice_gives_the_same_bytes(checkout):
     readme, page = ((checkout / name).read_text() for name in ("README.md", "docs/claims.md"))
     assert readme.count(NOTHING) == 2 and "Nothing measured yet." in readme
     rules = yaml.safe_load((checkout / "params" / "claims.yaml").read_text())["claims"]
-    assert [text.count("| not tested at this scale |") for text in (readme, page)] == [len(rules)] * 2
+    own = [rule for rule in rules if "question" in rule]
+    assert [text.count("| not tested at this scale |") for text in (readme, page)] == [len(rules) - len(own)] * 2
+    assert (checkout / "docs" / "findings.md").read_text().count("not measured yet") == len(own) > 5
 
 
 def test_a_page_without_its_markers_is_one_line_and_status_1(checkout, capsys):
