@@ -8,7 +8,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from .core.models import MODELS
-from .core.settings import Check, integer, key_of, one_of, real, refuse_unknown, setting, validate
+from .core.settings import (
+    Check,
+    integer,
+    is_registered,
+    key_of,
+    one_of,
+    real,
+    refuse_unknown,
+    registered,
+    setting,
+    validate,
+)
 from .data.datasets import DATASETS
 from .methods.registry import METHODS, resolved_options, settings_of
 
@@ -36,8 +47,8 @@ class Config:
     """
 
     method: str = setting("feddip", key_of(METHODS), "federated pruning method")
-    dataset: str = setting("digits", key_of(DATASETS), "data set")
-    model: str = setting("lenet5", key_of(MODELS), "model")
+    dataset: str = setting("digits", registered(DATASETS), "data set")
+    model: str = setting("lenet5", registered(MODELS), "model")
     width: float = setting(1.0, real("(0, 8]"), "factor on the model's hidden channels and features")
     rounds: int = setting(1000, integer(1), "communication rounds T")
     clients: int = setting(50, integer(1), "clients N")
@@ -136,6 +147,12 @@ class Config:
         differing |= {f"method_options.{k}": v for k, v in options.items() if v != default["method_options"][k]}
         text = json.dumps({"method": self.method, "preset": self.preset, **differing}, sort_keys=True)
         return f"{self.method}_{self.dataset}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def is_known(values: Mapping[str, Any]) -> bool:
+    """Whether method, model and data set of a stored configuration are known in this process."""
+    named = ((MODELS, "model"), (DATASETS, "dataset"))
+    return values["method"] in METHODS and all(is_registered(values[name], names) for names, name in named)
 
 
 FIELDS = {item.name for item in fields(Config)}

@@ -20,7 +20,8 @@ class Autograd:
         with self._autocast():
             stored = [list(layer.parameters()) for layer in module.modules() if stores_gradients(layer)]
         overwritten = {id(parameter) for parameters in stored for parameter in parameters}
-        self.added_to = [p.grad for p in module.parameters() if id(p) not in overwritten]
+        trained = (p for p in module.parameters() if p.requires_grad)
+        self.added_to = [p.grad for p in trained if id(p) not in overwritten]
 
     def loss_and_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy, a scalar; its gradient at the module's weights overwrites `gradient`."""

@@ -23,6 +23,10 @@ class Held(Exception):
     """Another process is computing this run."""
 
 
+class Note(UserWarning):
+    """Something that is allowed, and seldom meant."""
+
+
 def is_divergence(error: BaseException | None) -> bool:
     """Whether `error`, or what caused it, is that a loss, a reply or a weight became NaN or infinite."""
     return error is not None and (isinstance(error, Diverged) or is_divergence(error.__cause__))

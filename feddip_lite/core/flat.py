@@ -7,6 +7,7 @@ that a masked model is one multiplication and an SGD step two vector operations.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from .autograd import Autograd
 from .cache import once_per_tensor
+
+TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+SEQUENTIAL = nn.RNNBase | nn.MultiheadAttention
+PRUNABLE = nn.Linear | nn.Bilinear | nn.Conv1d | nn.Conv2d | nn.Conv3d | TRANSPOSED | SEQUENTIAL
+"""Layers whose weights are prunable."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,21 @@ class Layout:
     ) -> Self:
         """The layout of `module`.
 
-        Prunable are the weights of convolutions and linear layers; not biases, not BatchNorm, and not the 1x1
-        shortcut convolutions of ResNet unless `include_shortcut` (docs/deviations.md D19). With the `image_shape`
-        (channels, height, width) of its input, slots know how often their weights are used.
+        Prunable are the weights of convolutions, linear, recurrent and attention layers; not biases, norms and
+        embeddings, and not what the module's own `kept_dense` names: the 1x1 shortcut convolutions of ResNet, unless
+        `include_shortcut` (docs/deviations.md D19). A tensor that two layers share is one; what is frozen
+        (`requires_grad` False) has no place. With the `image_shape` (channels, height, width) of its input, slots know
+        how often their weights are used.
         """
-        prunable, dense = [], []
+        prunable, dense, seen = [], [], set()
+        spared = () if include_shortcut else getattr(module, "kept_dense", ())
         for path, layer in module.named_modules():
             for name, parameter in layer.named_parameters(prefix=path, recurse=False):
-                is_weight = isinstance(layer, nn.Conv2d | nn.Linear) and name.endswith("weight")
-                kept_dense = "shortcut" in path and not include_shortcut
+                if not parameter.requires_grad or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                is_weight = isinstance(layer, PRUNABLE) and "weight" in name.rpartition(".")[2] and parameter.dim() > 1
+                kept_dense = any(part in path for part in spared)
                 (prunable if is_weight and not kept_dense else dense).append((name, tuple(parameter.shape)))
         buffers = [(name, tuple(b.shape)) for name, b in module.named_buffers() if b.is_floating_point()]
         uses = uses_per_sample(module, image_shape) if image_shape else {}
@@ -159,7 +171,8 @@ class FlatModel:
     """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
 
     Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`;
-    `kernels` compute loss and gradient at `weights`; `pause` is called where a job may let others go first.
+    `kernels` compute loss and gradient at `weights`; `pause` is called where a job may let others go first; `draws`
+    says whether the module draws from PyTorch's global generator, as `nn.Dropout` does.
     """
 
     def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
@@ -180,6 +193,18 @@ class FlatModel:
             statistics[slot.name].data = slot.of(self.buffers)
         self.kernels = Autograd(self.module, self.gradient)
         self.pause = lambda: None
+        self.draws = False
+
+    @contextmanager
+    def drawing(self, seed: int):
+        """Here the module draws as `seed` says, and the global generators are afterwards as they were. Only one model
+        of a process may draw at a time."""
+        if not self.draws:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.weights.device] if self.weights.is_cuda else []):
+            torch.manual_seed(seed)
+            yield
 
     def load(self, weights: Tensor, mask: Tensor | None, buffers: Tensor | None = None) -> None:
         """Set the parameters to w * m (`mask` float or bool (P,), None = dense), and the statistics if given."""
@@ -194,7 +219,8 @@ class FlatModel:
 
 
 def uses_per_sample(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
-    """How often each weight of every convolution and linear layer is multiplied for one image, by tensor name.
+    """How often each prunable weight is multiplied for one image, by tensor name: output positions of a convolution,
+    input positions of a transposed one, steps of a recurrent or attention layer.
 
     Found by a forward pass of one black image through a copy; `module` stays as it is. (PyTorch's "meta" device would
     need no storage, but seconds of imports.)
@@ -202,14 +228,20 @@ def uses_per_sample(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str
     uses: dict[str, int] = {}
     copy = deepcopy(module).eval()
     for path, layer in copy.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            name = f"{path}.weight" if path else "weight"
+        if isinstance(layer, PRUNABLE):
 
-            def count(layer, inputs, output, name=name):
-                uses[name] = uses.get(name, 0) + output.numel() // layer.weight.shape[0]
+            def count(layer, inputs, named, output, path=path):
+                x = (*inputs, *named.values())[0]
+                if isinstance(layer, SEQUENTIAL):
+                    times = x.numel() // x.shape[-1]
+                else:
+                    times = (x if isinstance(layer, TRANSPOSED) else output).numel() // layer.weight.shape[0]
+                for name, _ in layer.named_parameters(prefix=path):
+                    if "weight" in name.rpartition(".")[2]:
+                        uses[name] = uses.get(name, 0) + times
 
-            layer.register_forward_hook(count)
-    with torch.no_grad():
+            layer.register_forward_hook(count, with_kwargs=True)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         copy(torch.zeros(1, *image_shape))
     return uses
 

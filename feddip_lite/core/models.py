@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .linear import Linear
 
 INPUT_SHAPES = {"alexnet": (3, 32), "resnet18": (3, 32)}
-"""(channels, size) that a model insists on; the others take the data set's own."""
+"""(channels, least size) that a model insists on; the others take the data set's own."""
 
 
 class Dropout(nn.Module):
@@ -121,6 +121,7 @@ class _Block(nn.Module):
 class ResNet18(nn.Module):
     """CIFAR form: 3x3 stem with stride 1 and no pool, blocks 2-2-2-2 of widths 64 .. 512, head `linear`."""
 
+    kept_dense = ("shortcut",)
     stages = (("conv1", "bn1"), *((f"blocks.{2 * k}", f"blocks.{2 * k + 1}") for k in range(4)))
 
     def __init__(self, classes: int, width: float, channels: int, size: int):
@@ -164,6 +165,7 @@ class Prefix(nn.Module):
                 owner, _, name = path.rpartition(".")
                 delattr(trunk.get_submodule(owner), name)
         self.trunk, self.depth = trunk, depth
+        self.kept_dense = getattr(trunk, "kept_dense", ())
         features = trunk.eval().vector(trunk.features(torch.zeros(1, *image_shape), depth))
         self.head = nn.Linear(features.shape[1], classes)
 
@@ -178,15 +180,35 @@ def build_model(name: str, *, classes: int, width: float = 1.0, channels: int, s
     """A new model with PyTorch's default initialisation drawn from `seed`; the global generator is left untouched.
 
     Args:
-        name: `lenet5` (any channels, size >= 14), `alexnet` or `resnet18` (3 channels, size 32).
+        name: `lenet5` (any channels, size >= 14), `alexnet`, `resnet18` (3 channels, size >= 32), or a registered one.
         classes: number of outputs.
         width: factor on every hidden channel and feature count, > 0; at least 1 stays.
         channels, size: of the square input images.
         seed: 64-bit integer.
+
+    Raises:
+        ValueError: no such model in this process.
     """
+    if name not in MODELS:
+        raise ValueError(f"model {name!r}: is not known here; pass it as `model=`, or register_model({name!r}, ...)")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return MODELS[name](classes, width, channels, size)
+
+
+def stock(module: nn.Module) -> nn.Module:
+    """`module` with PyTorch's own layers in place of this package's, which compute the same; changed in place."""
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, Linear):
+            ours = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None)
+            ours.load_state_dict(layer.state_dict())
+        elif isinstance(layer, Dropout):
+            ours = nn.Dropout(layer.p)
+        else:
+            continue
+        owner, _, name = path.rpartition(".")
+        setattr(module.get_submodule(owner), name, ours.train(layer.training))
+    return module
 
 
 def num_stages(name: str) -> int:

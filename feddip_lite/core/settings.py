@@ -1,5 +1,6 @@
 """Settings that know their range: one line of declaration gives the default, the check, the help text and the error."""
 
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import Field, dataclass, field, fields, replace
@@ -67,6 +68,16 @@ def one_of(*names: str) -> Check:
 def key_of(names: Collection[str]) -> Check:
     """One of `names`, which are read at every check, so that a dictionary's keys may grow."""
     return Check("one of ", lambda value: value if isinstance(value, str) and value in names else None, names)
+
+
+def registered(names: Collection[str]) -> Check:
+    """One of `names`, or what something unnamed is called: `own-` and the first 8 hex digits of its fingerprint."""
+    return Check("one of ", lambda value: value if is_registered(value, names) else None, names)
+
+
+def is_registered(value: Any, names: Collection[str]) -> bool:
+    """Whether `registered(names)` accepts `value`."""
+    return isinstance(value, str) and (value in names or re.fullmatch(r"own-[0-9a-f]{8}", value) is not None)
 
 
 def flag() -> Check:

@@ -18,7 +18,8 @@ from .files import KEYS, read_arrays
 PAD = 4  # pixels around a CIFAR image before the random crop
 OFFSETS = 2 * PAD + 1
 
-# The fields of Dataset that follow from the name. Fashion-MNIST and digits are only divided by their maximum.
+# The fields of Dataset that follow from the name; a registered name has a function that gives the Dataset.
+# Fashion-MNIST and digits are only divided by their maximum.
 _DIVIDED_ONLY = {"mean": (0.0,), "std": (1.0,), "augmentation": None}
 DATASETS = {
     "digits": {"classes": 10, "scale": 16.0, **_DIVIDED_ONLY},
@@ -63,7 +64,8 @@ class Dataset:
     `train_images`, `test_images`: uint8 (N, C, H, W); `train_labels`, `test_labels`: int64 (N,) in [0, classes).
     `scale` is the largest possible pixel; `mean` and `std` hold one number per channel, after division by `scale`,
     or a single (0.,), (1.,) where the authors only divide. `augmentation` is the padding of the random crop.
-    `source`, `sha256` and `variant` say what was loaded; they belong into a run's provenance.
+    `source`, `sha256` and `variant` say what was loaded; they belong into a run's provenance. Data of one's own may be
+    floating, and `class_names` says what its classes are called.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Dataset:
     source: str
     sha256: str
     variant: str
+    class_names: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
@@ -89,7 +92,7 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
     """Load "digits", "fashionmnist", "cifar10" or "cifar100", downloading it only if its files are not there.
 
     Args:
-        name: the data set; "digits" needs neither files nor network.
+        name: the data set, or one that was registered; "digits" needs neither files nor network.
         root: folder that holds `FashionMNIST/raw/*-ubyte` (torchvision's layout), `cifar10.npz`, `cifar100.npz`
             (uint8 arrays train_images, train_labels, test_images, test_labels; images NHWC). Default: the environment
             variable FEDDIP_DATA, else "data".
@@ -99,6 +102,8 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
         FileNotFoundError: neither files nor a download; the message says what to do.
     """
     key_of(DATASETS).require("dataset", name)
+    if callable(own := DATASETS[name]):
+        return own()
     folder = Path(root or os.environ.get("FEDDIP_DATA") or "data")
     arrays, sha256, variant = read_arrays(name, folder, DATASETS[name]["classes"])
     source = f"{_TITLES[name]}: {_SOURCES.get(f'{name} {variant}') or _SOURCES[variant]}"
@@ -125,14 +130,14 @@ def as_published(dataset: Dataset) -> Dataset:
 
 
 def fit_images(dataset: Dataset, channels: int, size: int) -> Dataset:
-    """Make the images fit a network: zero-padded around the centre to size x size, a single channel repeated.
+    """Make the images fit a network: zero-padded around the centre to squares of at least `size` pixels a side, a
+    single channel repeated. They are never shrunk.
 
     Raises:
-        ValueError: images larger than `size` (they are never shrunk), or another number of channels than `channels`
-            unless it is one.
+        ValueError: another number of channels than `channels` unless it is one.
     """
     have, height, width = dataset.train_images.shape[1:]
-    integer(max(height, width)).require("size", size, dataset.name)
+    size = max(size, height, width)
     integer(have, None if have == 1 else have).require("channels", channels, dataset.name)
     top, left = (size - height) // 2, (size - width) // 2
     border = (left, size - width - left, top, size - height - top)

@@ -19,9 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, is_known
 from ..core.errors import Held
-from ..methods.registry import METHODS
 from .kept_model import KeptModel, read_model_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -191,12 +190,13 @@ def read_record(path: Path) -> dict:
 
 
 def right_id(path: Path, record: Mapping) -> str:
-    """The id that the stored configuration has in this version; the stored one for a method that is not known here.
+    """The id that the stored configuration has in this version; the stored one for a method, model or data set that is
+    not known here.
 
     Raises:
         ValueError: a setting that this version does not have; names the file and the remedy.
     """
-    if record["config"]["method"] not in METHODS:
+    if not is_known(record["config"]):
         return record["run_id"]
     try:
         return Config.from_dict(record["config"]).run_id
@@ -249,7 +249,7 @@ def read_model(folder: Path, run_id: str) -> KeptModel:
 def config_of(record: Mapping) -> dict:
     """The configuration of a stored run; fields and options that are younger than it have the default, which it ran
     under."""
-    if record["config"]["method"] not in METHODS:
+    if not is_known(record["config"]):
         return {**asdict(Config()), **record["config"]}
     return asdict(Config.from_dict(record["config"]).resolved())
 

@@ -35,7 +35,9 @@ def starts(results: pd.DataFrame) -> pd.DataFrame:
     runs = runs[runs["target_sparsity"].isin(usual) & (runs["weight_decay"] == DECAY) & (runs["preset"] == "paper")]
     own = runs[(runs["method"] == "feddip") & runs["changed"].isin(["", "erk", "initial_sparsity"])]
     others = runs[runs["label"].isin(OTHERS)]
-    return pd.concat([own.assign(start=[_start(run) for _, run in own.iterrows()]), others.assign(start=others["label"])])
+    return pd.concat(
+        [own.assign(start=[_start(run) for _, run in own.iterrows()]), others.assign(start=others["label"])]
+    )
 
 
 def _start(run: pd.Series) -> str:

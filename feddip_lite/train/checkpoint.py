@@ -8,6 +8,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch
 
 from ..config import UNHASHED, Config
 from ..core.errors import OutOfTime
-from ..core.state import ServerState
+from ..core.state import EMPTY, ServerState
 from ..records.store import atomic_write
+from .identity import fingerprints, refuse_differing
 from .observe import Observer, Progress, Run
-from .round import RoundRecord
+from .round import Clients, RoundRecord
 
 MAGIC = b"feddip_lite checkpoint 3\n"
 CHECKPOINT_SECONDS = 30.0  # at most one checkpoint in this time, unless `checkpoint_every` says otherwise
@@ -43,17 +45,19 @@ class Checkpoints(Observer):
         due = done % self.every == 0 if self.every else now - self.saved > CHECKPOINT_SECONDS
         if done == rounds or not (due or now > self.deadline):
             return
-        save_checkpoint(self.path, run.progress, run.config)
+        save_checkpoint(self.path, run.progress, run.config, origin_of(run.config, run.clients))
         self.saved = time.monotonic()
         if now > self.deadline:
             raise OutOfTime(f"{run.config.run_id}: out of time after {done} of {rounds} rounds")
 
 
-def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
-    """Replace the checkpoint at `path` in one step. Raises OSError, and leaves the old one, if that cannot be done."""
+def save_checkpoint(path: Path, progress: Progress, config: Config, origin: Mapping[str, str] = EMPTY) -> None:
+    """Replace the checkpoint at `path` in one step; `origin` are fingerprints of what the run came from (`origin_of`).
+    Raises OSError, and leaves the old one, if that cannot be done."""
     state = progress.state
     content = {
         "config": _identity(config),
+        "came_from": dict(origin),
         "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
         "memory": dict(state.memory),
         "memories": {client: dict(memory) for client, memory in state.memories.items()},
@@ -66,11 +70,17 @@ def save_checkpoint(path: Path, progress: Progress, config: Config) -> None:
     atomic_write(path, MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
 
 
-def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progress:
-    """The progress saved at `path`, tensors on `device`.
+def origin_of(config: Config, clients: Clients) -> dict[str, str]:
+    """Fingerprints of the run's data and split, and of its model and method where these are one's own."""
+    return {"split": clients.split_sha256, **fingerprints(config, clients.data)}
+
+
+def load_checkpoint(path: Path, config: Config, device: torch.device, clients: Clients | None = None) -> Progress:
+    """The progress saved at `path`, tensors on `device`; with `clients`, of a run on their data.
 
     Raises:
-        ValueError: damaged, of another version or of another configuration; names the file and the reason.
+        ValueError: damaged, of another version or of another configuration, or it came from other data or from another
+            model or method of the same name; names the file and the reason.
     """
     data = path.read_bytes()
     start = len(MAGIC) + 65
@@ -80,6 +90,7 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
         raise ValueError(f"{path}: damaged checkpoint (SHA-256 does not match); delete it to start the run again")
     try:
         content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
+        origin = content["came_from"]
         there, here = json.loads(content["config"]), json.loads(_identity(config))
         state = ServerState(**content["state"], memory=content["memory"], memories=content["memories"])
         progress = Progress(state, **content["masks"], **json.loads(content["rest"]))
@@ -90,6 +101,8 @@ def load_checkpoint(path: Path, config: Config, device: torch.device) -> Progres
         if there.get(name) != here.get(name):
             what = f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
             raise ValueError(f"{path}: checkpoint of another configuration ({what}); delete it to start the run again")
+    if clients is not None:
+        refuse_differing(path, "a run", origin, origin_of(config, clients), "delete it to start the run again")
     return progress
 
 

@@ -177,11 +177,12 @@ def _batches(
     if data.augmentation is not None:
         draws.append(draw_crops(draws[0].shape, torch_generator(config.seed, "augment", *address)))
     draws = torch.stack(draws, 1).to(indices.device, non_blocking=True)
-    for epoch in draws:
-        model.pause()
-        for order, *crops in zip(*(draw.split(config.batch_size) for draw in epoch), strict=True):
-            batch = indices[order]
-            images = data.train_images[batch]
-            for choice in crops:
-                images = crop(images, data.augmentation, choice)
-            yield normalise(images, data), data.train_labels[batch]
+    with model.drawing(derive(config.seed, "random layers", *address)):
+        for epoch in draws:
+            model.pause()
+            for order, *crops in zip(*(draw.split(config.batch_size) for draw in epoch), strict=True):
+                batch = indices[order]
+                images = data.train_images[batch]
+                for choice in crops:
+                    images = crop(images, data.augmentation, choice)
+                yield normalise(images, data), data.train_labels[batch]

@@ -30,7 +30,8 @@ def evaluate(
     model.load(weights, mask, buffers)
     model.module.eval()
     losses, ranks = [], []
-    with torch.inference_mode():
+    # A model that draws even here, by F.dropout without `training`, draws the same for the same samples.
+    with torch.inference_mode(), model.drawing(int(indices[0])):
         for batch in indices.split(EVALUATION_BATCH if indices.device.type == "cpu" else len(indices)):
             labels = data.test_labels[batch][:, None]
             logits = model.kernels.logits(normalise(data.test_images[batch], data))

@@ -16,6 +16,7 @@ from ..core.state import ServerState
 from ..records.kept_model import model_file
 from ..records.provenance import provenance
 from ..records.store import read_run, save_run
+from .identity import fingerprints, refuse_other
 from .observe import Run
 
 
@@ -37,6 +38,11 @@ class Recording:
             raise Diverged(f"{config.run_id} diverged when it was recorded: {broken['reason']}; {remedy}")
         return history
 
+    def refuse_other(self, config: Config) -> None:
+        """Raise ValueError if the record of this configuration came from other data, or from another model or method of
+        the same name."""
+        refuse_other(self.folder / f"{config.run_id}.json", config, read_run(self.folder, config.run_id)[1])
+
     def save(self, run: Run, diverged: Mapping | None = None) -> None:
         """Record a run that has ended; one that broke down has `diverged`, {round, reason}, and leaves no model."""
         layout, state = run.method.layout, run.state
@@ -51,11 +57,16 @@ class Recording:
 def facts_of(run: Run) -> dict:
     """A run's provenance: versions and hardware, data, checksums of its state, time."""
     data, state, clients = run.clients.data, run.state, run.clients
+    own = {name: sha256 for name, sha256 in fingerprints(run.config, data).items() if name != "data"}
+    about = {"classes": data.classes, "image_shape": list(data.train_images.shape[1:])}
+    if data.variant == "own":
+        about |= {"scale": data.scale, "mean": data.mean, "std": data.std, "class_names": data.class_names}
     return provenance(
         state.weights.device,
         clients.workers.slots,
         precision=run.config.precision,
-        data={"source": data.source, "variant": data.variant, "sha256": data.sha256},
+        data={"source": data.source, "variant": data.variant, "sha256": data.sha256, **about},
+        **({"own": own} if own else {}),
         **clients.facts(),
         state_sha256={
             **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},

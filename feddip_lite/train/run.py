@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +18,15 @@ import torch
 
 from ..config import Config
 from ..core.errors import ClientFailure, Diverged, is_divergence
+from ..data.datasets import load_dataset
+from ..data.own import known_as
 from ..methods.base import Method
 from ..records.catalogue import data_root
 from ..records.names import describe
 from ..records.store import load_results, run_lock
 from .checkpoint import Checkpoints, load_checkpoint
 from .evaluate import evaluate_state
+from .identity import known_model
 from .observe import Observer, Progress, ProgressLine, Run
 from .recording import Recording
 from .round import Clients, run_round
@@ -36,6 +40,8 @@ def run(
     checkpoint_every: int | None = None,
     progress: bool = True,
     observers: Sequence[Observer] = (),
+    model: object = None,
+    data: object = None,
 ) -> pd.DataFrame:
     """Run a configuration to its end and return its history: one row per evaluated round, columns `store.COLUMNS`.
 
@@ -46,16 +52,31 @@ def run(
         checkpoint_every: rounds between checkpoints; None = at most one every 30 s.
         progress: show a progress line with an estimate of the time left.
         observers: are told when the run starts, after every round, and when it ends (`train.observe.Observer`).
+        model: one of your own in place of the configuration's: an `nn.Module`, or what makes one (`register_model`).
+        data: your own in place of the configuration's data set: arrays, a folder of images, or torch data sets
+            (`own_dataset`). Both are called `own-` and the first digits of their fingerprints, which so enter the id.
 
     Raises:
-        ValueError: bad input or damaged files.
+        ValueError: bad input or damaged files; or the run is recorded already, from other data or another model of its
+            name.
         Diverged: the global model's test loss is not finite; names the round and the last finite loss. With
             `results_dir` the rows so far are recorded, with round and reason, and the next call raises at once.
         ClientFailure: a client failed or diverged and the configuration says "abort", or every client did.
     """
+    config = with_own(config, model, data)
     recording = None if results_dir is None else Recording(Path(results_dir))
     line = ProgressLine(show=progress)
     return execute(config, recording, [line, *observers], checkpoint_every=checkpoint_every)
+
+
+def with_own(config: Config, model: object = None, data: object = None) -> Config:
+    """The configuration with a model or data of one's own, which are made known in this process under names that say
+    what they are. Raises ValueError for what cannot be used."""
+    if data is not None:
+        config = replace(config, dataset=known_as(data))
+    if model is not None:
+        config = replace(config, model=known_model(model, config, load_dataset(config.dataset)))
+    return config
 
 
 def execute(
@@ -84,11 +105,12 @@ def execute(
         return now.history()
     path = recording.folder / f"{config.run_id}.{suffix}"
     if (stored := recording.stored(config)) is not None and not path.exists():
+        recording.refuse_other(config)
         return stored
     state, clients, method = prepare(config)  # bad input shows here, before anything is written
     with closing(clients.workers), run_lock(recording.folder, config.run_id, wait):
         if recording.stored(config) is None:  # else by another process, while this one waited, or was killed
-            done = load_checkpoint(path, config, state.weights.device) if path.exists() else Progress(state)
+            done = load_checkpoint(path, config, state.weights.device, clients) if path.exists() else Progress(state)
             now = Run(config, connect(clients, method, config), method, done)
             try:
                 go_through(now, [*observers, Checkpoints(path, checkpoint_every, deadline)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,8 +12,10 @@ from torch import nn
 
 from ..config import Config
 from ..core.autograd import Autograd
+from ..core.errors import Note
 from ..core.flat import FlatModel, Layout
 from ..core.models import INPUT_SHAPES, build_model, empty_model, num_stages
+from ..core.own_model import check_model, own_model
 from ..core.seeds import derive, numpy_generator, torch_generator
 from ..core.state import ServerState
 from ..data.datasets import Dataset, as_published, fit_images, hold_out, load_dataset, normalise
@@ -58,17 +61,18 @@ def prepare(
     data, split, kept = deal(config)
     if options.get("normalisation") == "published":
         data = as_published(data)
-    if config.model in INPUT_SHAPES:
-        data = fit_images(data, *INPUT_SHAPES[config.model])
-    channels, size = data.train_images.shape[1:3]
-    shape = {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
+    data, shape = fitting(data, config)
 
     def build():
         return build_model(config.model, **shape, seed=derive(config.seed, "initial weights"))
 
     def worker_model():
         model = FlatModel(build(), layout, device)
-        model.kernels = kernels_of(model, size, config.precision)
+        model.draws = draws
+        if draws:  # what is faster may not draw as the seed says
+            model.kernels = Autograd(model.module, model.gradient, config.precision)
+        else:
+            model.kernels = kernels_of(model, shape["size"], config.precision)
         return model
 
     def scratch(depth=None):  # lives for one job at most, too short to be worth a faster arithmetic
@@ -77,18 +81,54 @@ def prepare(
         model.kernels = Autograd(module, model.gradient, config.precision)
         return model
 
-    layout = layout_of(build(), config, (channels, size, size))
+    module = build()
+    draws = own_model(config.model) is not None and check_own(module, data, config)
+    layout = layout_of(module, config, tuple(data.train_images.shape[1:]))
     reference = torch.from_numpy(kept)
     images = normalise(data.train_images[reference], data).to(device)
     context = Context(scratch, num_stages(config.model), images, data.train_labels[reference].to(device))
     method = build_method(config, layout, context)
-    count, slots = num_workers(config.workers, config.clients_per_round, device)
+    count, slots = (1, 1) if draws else num_workers(config.workers, config.clients_per_round, device)
     models = [worker_model() for _ in range(count)]
     state = initial_state(method, models[0])
     train, test = (tuple(torch.from_numpy(shard).to(device) for shard in part) for part in (split.train, split.test))
+    if (largest := max(map(len, train))) < config.batch_size:
+        warnings.warn(
+            f"batch_size: {config.batch_size}, and no client has more than {largest} training samples: an epoch is one "
+            "step; fewer clients or smaller batches learn sooner",
+            Note,
+            stacklevel=2,
+        )
     workers = Workers(models, slots, worker_model)
     clients = Clients(data=data.to(device), train=train, test=test, workers=workers, split_sha256=split.sha256)
     return state, clients, method
+
+
+def fitting(data: Dataset, config: Config) -> tuple[Dataset, dict]:
+    """The data as the configuration's model takes it, and what `build_model` is told of it. One of the paper's models
+    gets square images that are large enough; one of your own gets them as they are, with their height as `size`."""
+    if own_model(config.model) is None:
+        data = fit_images(data, *INPUT_SHAPES.get(config.model, (data.train_images.shape[1], 14)))
+    channels, size = data.train_images.shape[1:3]
+    return data, {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
+
+
+def check_own(module: nn.Module, data: Dataset, config: Config) -> bool:
+    """Refuse a model of one's own that cannot be trained, and warn of one of which little can be pruned. Returns
+    whether it draws from the global generator (`own_model.check_model`)."""
+    if config.width != 1 and not own_model(config.model).takes_width:
+        raise ValueError(f"width: {config.width:g} is not valid; expected 1, since model {config.model!r} takes none")
+    layout = Layout.of(module)
+    draws = check_model(config.model, module, layout, tuple(data.train_images.shape[1:]), data.classes)
+    share = layout.prunable / layout.size
+    if share < 0.5:
+        warnings.warn(
+            f"model {config.model!r}: {100 * share:.1f} % of its {layout.size} weights are prunable; a sparsity is one "
+            "of these alone",
+            Note,
+            stacklevel=3,
+        )
+    return draws
 
 
 def layout_of(module: nn.Module, config: Config, image_shape: tuple[int, int, int] | None = None) -> Layout:

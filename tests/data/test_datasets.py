@@ -107,10 +107,20 @@ def test_fit_images_changes_nothing_when_they_fit_already(digits):
     assert torch.equal(fit_images(digits, channels=1, size=28).train_images, digits.train_images)
 
 
-@pytest.mark.parametrize("channels, size, argument", [(1, 27, "size"), (0, 28, "channels"), (-1, 28, "channels")])
-def test_fit_images_refuses_to_shrink(digits, channels, size, argument):
-    with pytest.raises(ValueError, match=argument):
-        fit_images(digits, channels, size)
+@pytest.mark.parametrize("height, width", [(40, 33), (33, 40), (20, 40)])
+def test_larger_images_are_never_shrunk_but_made_square(height, width):
+    images = pixels(2, 3, height, width)
+    fitted = fit_images(tiny(images), channels=3, size=32).train_images
+    assert fitted.shape == (2, 3, 40, 40)
+    top, left = (40 - height) // 2, (40 - width) // 2
+    assert torch.equal(fitted[:, :, top : top + height, left : left + width], images)
+    assert fitted.sum(dtype=torch.int64) == images.sum(dtype=torch.int64)
+
+
+@pytest.mark.parametrize("channels", [0, -1])
+def test_fit_images_refuses_no_channels(digits, channels):
+    with pytest.raises(ValueError, match="channels"):
+        fit_images(digits, channels, 28)
 
 
 def test_fit_images_refuses_to_drop_colours():

@@ -9,7 +9,6 @@ from conftest import FAST, Remembering, csv_without_seconds, interrupted, names,
 
 from feddip_lite import run
 from feddip_lite.core.errors import ClientFailure
-from feddip_lite.methods import METHODS
 from feddip_lite.train.checkpoint import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -47,18 +46,19 @@ def test_checkpoint_every_round_loses_at_most_one_round_to_a_failure(tmp_path, m
     config = tiny_config(method=remembering, rounds=5, **FAST)
     whole = run(config, progress=False)
 
-    class FailsInRound3(Remembering):
-        def plan(self, offer, memory, t):
-            if t == 3:
-                raise RuntimeError("power cut")
-            return super().plan(offer, memory, t)
+    plan = Remembering.plan
 
-    monkeypatch.setitem(METHODS, remembering, FailsInRound3)
+    def failing(self, offer, memory, t):
+        if t == 3:
+            raise RuntimeError("power cut")
+        return plan(self, offer, memory, t)
+
+    monkeypatch.setattr(Remembering, "plan", failing)
     with pytest.raises(ClientFailure, match="round 3, client .*power cut"):
         run(config, results_dir=tmp_path, checkpoint_every=1, progress=False)
     assert names(tmp_path) == [f"{config.run_id}.checkpoint"]
     assert load_checkpoint(tmp_path / f"{config.run_id}.checkpoint", config, CPU).state.round == 3
-    monkeypatch.setitem(METHODS, remembering, Remembering)
+    monkeypatch.setattr(Remembering, "plan", plan)
     assert same_history(whole, run(config, results_dir=tmp_path, progress=False))
 
 

@@ -12,13 +12,14 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...config import Config
 from ...core.models import build_model
 from ...core.state import ServerState
-from ...data.datasets import Dataset, normalise
+from ...data.datasets import Dataset
 from ...records.kept_model import KeptModel
+from ...records.plain_model import OfPixels, program
 from ...records.store import atomic_write
 from ...train.setup import layout_of
 
@@ -49,15 +50,9 @@ def save_program(path: str | Path, module: nn.Module, data: Dataset) -> int:
         OSError: the file cannot be written. What PyTorch cannot export (`to_csr` comes after loading), it refuses.
     """
     images = torch.zeros(2, *data.train_images.shape[1:], dtype=torch.uint8)
-    with torch.enable_grad():  # without, our layers take faster operators, which other machines may lack
-        any_number = ({0: torch.export.Dim.DYNAMIC},)
-        program = torch.export.export(_OfPixels(module, data).eval(), (images,), dynamic_shapes=any_number)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where the code lies on this machine
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    atomic_write(Path(path), buffer.getvalue())
-    return len(buffer.getvalue())
+    content = program(OfPixels(module, data), images, ".pt2")
+    atomic_write(Path(path), content)
+    return len(content)
 
 
 def load_program(path: str | Path) -> nn.Module:
@@ -77,12 +72,3 @@ def load_program(path: str | Path) -> nn.Module:
         return torch.export.load(data).module()
     except Exception as error:  # a damaged archive fails in many ways
         raise ValueError(f"{path}: damaged, or no exported program ({' '.join(str(error).split())})") from error
-
-
-class _OfPixels(nn.Module):
-    def __init__(self, module: nn.Module, data: Dataset):
-        super().__init__()
-        self.module, self.data = module, data
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.module(normalise(images, self.data))
