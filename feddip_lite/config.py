@@ -10,6 +10,7 @@ from typing import Any, Self
 from .core.models import MODELS
 from .core.settings import (
     Check,
+    flag,
     integer,
     is_registered,
     key_of,
@@ -82,6 +83,9 @@ class Config:
         {}, Check("a mapping of option names to values", _mapping), "further settings"
     )
     eval_every: int = setting(1, integer(1), "rounds between evaluations; the last is always evaluated")
+    final_prune: bool = setting(
+        False, flag(), "prune the last model to the target sparsity exactly, by magnitude, whatever the method"
+    )
     precision: str = setting("float32", one_of("float32", "tf32", "bf16"), "arithmetic of training")
     on_client_failure: str = setting("abort", one_of("abort", "skip"), "when a client fails: stop, or merge the rest")
     client_timeout: float | None = setting(None, real("(0, inf)"), "seconds a client may train", none="no limit")

@@ -1,6 +1,7 @@
 """Laws of `python -m feddip_lite`: what a run writes, and one line with exit status 2 for bad input."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,8 +11,12 @@ from conftest import FAST, environment, flags, names, read_outputs, record_files
 
 from feddip_lite.__main__ import main
 from feddip_lite.config import FIELDS
+from feddip_lite.core.sparsity import num_kept
 from feddip_lite.methods import METHODS
+from feddip_lite.methods.registry import options_of, settings_of
+from feddip_lite.records.profiles import load_profile
 from feddip_lite.records.store import COLUMNS, read_run
+from feddip_lite.train.evaluate import evaluate_state
 
 LARGE = "1" + "0" * 400  # an integer that no float can hold
 
@@ -79,6 +84,7 @@ WRONG = [
     (['--method-options={"upload": "masked"}', "--preset=memory"], "upload: 'masked'", "'dense'"),
     (['--method-options={"mu": -1}', "--method=fedprox"], "mu: -1", "a number in [0, inf)"),
     (["--eval-every=0"], "eval_every: 0", "an integer >= 1"),
+    (["--final-prune=maybe"], "final_prune: 'maybe'", "true or false"),
     (["--precision=fp16"], "precision: 'fp16'", "one of float32, tf32, bf16"),
     (["--precision=tf32", "--device=cpu"], "precision: 'tf32'", "float32 or bf16"),
     (["--on-client-failure=retry"], "on_client_failure: 'retry'", "one of abort, skip"),
@@ -111,10 +117,20 @@ def test_every_field_with_a_range_has_a_wrong_value_in_the_table():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "run | sweep | doctor"),
+        ([], "run | sweep | methods | export | doctor"),
         (["rum"], "rum"),
         (["run", "--mehtod=fedavg"], "unknown name '--mehtod' (did you mean --method?)"),
-        (["run", "--learning-rate", "0.1"], "unknown name '--learning-rate'"),
+        (["run", "--learning-rate", "0.1"], "unknown name '--learning-rate' (did you mean --lr?)"),
+        (["run", "--gpu"], "unknown name '--gpu' (did you mean --device?)"),
+        (["run", "--mu=1"], "--mu belongs to a method; expected --method-options mu=VALUE"),
+        (["run", "--dataset=CIFAR-10"], "(did you mean cifar10?)"),
+        (["run", "--method=SNIP"], "(did you mean snip?)"),
+        (["run", "--zzzz=1"], "unknown name '--zzzz'; known: --method"),
+        (["run", "--method=fedprox", "--method-options=mu=-1"], "mu: -1 is not valid; expected a number in [0, inf)"),
+        (["run", "--method-options=uplaod=masked"], "unknown name 'uplaod' (did you mean upload?)"),
+        (["methods", "FedDip"], "(did you mean feddip?)"),
+        (["export", "nothing", "--to", "x.onnx"], "nothing.json: no such run"),
+        (["export", "nothing"], "--to"),
         (["run", "--round=5"], "unknown name '--round' (did you mean --rounds?)"),
         (["run", "fedavg"], "unknown name 'fedavg'"),
         (["run", "--rounds"], "--rounds"),
@@ -158,7 +174,7 @@ def test_run_writes_the_documented_columns_and_circumstances(tmp_path, capsys):
     assert record["config"] == asdict(config.resolved())
     circumstances = "package commit torch device threads precision data split_sha256 wall_seconds".split()
     assert set(record["provenance"]) >= set(circumstances)
-    assert set(record["provenance"]["data"]) == {"source", "variant", "sha256"}
+    assert set(record["provenance"]["data"]) == {"source", "variant", "sha256", "classes", "image_shape"}
     assert {"last", "mean_last_10", "best_accuracy"} == set(record["final"])
 
 
@@ -204,3 +220,95 @@ def test_results_can_be_read_back_by_run_id(tmp_path):
     history, record = read_run(tmp_path, tiny_config(**FAST).run_id)
     assert len(history) == 3
     assert record["final"]["last"]["accuracy"] == history["accuracy"].iloc[-1]
+
+
+def test_values_are_read_by_one_rule_here_and_in_profiles(tmp_path, monkeypatch):
+    asked = []
+
+    def run(config, **rest):
+        asked.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("feddip_lite.__main__.run", run)
+    values = {"lr": "1e-1", "weight-decay": ".5", "smoothness": "none", "width": "1.", "method": "feddp"}
+    options = {"JSON": '{"erk": "none", "upload": "masked"}', "pairs": "erk=none, upload=masked"}
+    for text in options.values():
+        given = [f"--{name}={value}" for name, value in values.items()]
+        assert main(["run", *given, f"--method-options={text}"]) == 2
+    lines = "".join(f", {name.replace('-', '_')}: {value}" for name, value in values.items())
+    path = tmp_path / "profile.yaml"
+    path.write_text(f"queue: [{{method_options: {{erk: none, upload: masked}}{lines}}}]")
+    asked += load_profile(path)
+    assert len({config.run_id for config in asked}) == 1
+    (config, *_) = asked
+    assert (config.lr, config.weight_decay, config.smoothness, config.width) == (0.1, 0.5, None, 1.0)
+    assert config.method_options == {"erk": "none", "upload": "masked"}
+
+
+def test_methods_are_listed_and_each_of_their_options_with_value_range_and_source(capsys):
+    assert main(["methods"]) == 0
+    out, _ = read_outputs(capsys)
+    assert [line.split()[0] for line in out] == list(METHODS)
+    for name in METHODS:
+        assert main(["methods", name]) == 0
+        out, _ = read_outputs(capsys)
+        listed = {line.split(" = ")[0].strip(): line for line in out[1:] if " = " in line}
+        assert list(listed) == list(options_of(name))
+        for option, item in options_of(name).items():
+            assert f"{option} = {settings_of(name, 'paper')[option]}" in listed[option]
+            assert ("check" not in item.metadata) or item.metadata["check"].expected in listed[option]
+
+
+def test_a_run_that_stays_below_its_target_or_steps_once_an_epoch_says_so_and_a_final_prune_reaches_it(
+    tmp_path, capsys
+):
+    few = {"rounds": 6, "clients": 60, "clients_per_round": 2, "mask_interval": 5}
+    assert main(["run", *flags(**few), f"--results={tmp_path}"]) == 0
+    _, err = read_outputs(capsys)
+    notes = [line for line in err if ": note: " in line]
+    assert "batch_size: 128, and no client has more than 24 training samples: an epoch is one step" in notes[0]
+    assert "target_sparsity: 0.9, and the run ended at 0.8" in notes[1] and "masks change every 5 rounds" in notes[1]
+    assert len(notes) == 2
+    assert main(["run", *flags(**few), "--final-prune=true", f"--results={tmp_path}"]) == 0
+    assert "target_sparsity" not in " ".join(read_outputs(capsys)[1])
+    config = tiny_config(**few, final_prune=True)
+    history, record = read_run(tmp_path, config.run_id)
+    prunable = sum(math.prod(layer["shape"]) for layer in record["layers"])
+    kept = sum(layer["kept"] for layer in record["layers"])
+    assert kept == num_kept(0.9, prunable) and history["sparsity"].iloc[-1] == 1 - kept / prunable
+    usual, _ = read_run(tmp_path, tiny_config(**few).run_id)
+    assert history["accuracy"].tolist()[:-1] == usual["accuracy"].tolist()[:-1]
+
+
+def test_export_writes_a_recorded_runs_model(tmp_path, capsys):
+    assert main(["run", *flags(**FAST), f"--results={tmp_path}", "--quiet"]) == 0
+    run_id = tiny_config(**FAST).run_id
+    for suffix in ("onnx", "pt2", "safetensors"):
+        assert main(["export", run_id, f"--results={tmp_path}", f"--to={tmp_path}/out.{suffix}"]) == 0
+        size = (tmp_path / f"out.{suffix}").stat().st_size
+        assert read_outputs(capsys)[0][-1] == f"{tmp_path}/out.{suffix}: {size} bytes"
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *flags(**FAST), "--results=~/results", "--quiet"]) == 0
+    assert names(tmp_path / "results") == record_files(tiny_config(**FAST).run_id)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_an_interrupted_run_says_what_is_left_of_it(tmp_path, monkeypatch, capsys, rounds):
+    count = 0
+
+    def interrupt(*arguments):
+        nonlocal count
+        count += 1
+        if count > rounds:
+            raise KeyboardInterrupt
+        return evaluate_state(*arguments)
+
+    monkeypatch.setattr("feddip_lite.train.run.evaluate_state", interrupt)
+    arguments = ["run", *flags(**FAST, rounds=4), f"--results={tmp_path}", "--quiet", "--checkpoint-every=1"]
+    assert main(arguments) == 130
+    left = f"goes on from the checkpoint after {rounds} of 4 rounds" if rounds else "begins again: no checkpoint yet"
+    assert read_outputs(capsys)[1] == [f"python -m feddip_lite: interrupted; the same command {left}"]

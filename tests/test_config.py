@@ -15,7 +15,7 @@ DESIGN = {
     "lr_schedule": "exponential", "smoothness": None, "weight_decay": 5e-4, "initial_sparsity": None,
     "target_sparsity": 0.9, "mask_interval": None, "penalty_max": None, "penalty_steps": 20, "partition": "iid",
     "classes_per_client": 2, "classes_dealt": "drawn", "alpha": 0.5, "validation": 0.0, "seed": 0, "preset": "paper",
-    "method_options": {},
+    "method_options": {}, "final_prune": False,
     "eval_every": 1, "precision": "float32", "on_client_failure": "abort", "client_timeout": None,
     "device": "auto", "workers": "auto",
 }  # fmt: skip
@@ -27,7 +27,7 @@ OTHER = {
     "lr_schedule": "theory", "smoothness": 3.0, "weight_decay": 4e-4, "initial_sparsity": 0.4, "target_sparsity": 0.8,
     "mask_interval": 4, "penalty_max": 2e-3, "penalty_steps": 19, "partition": "dirichlet", "classes_per_client": 3,
     "classes_dealt": "in_order", "alpha": 0.4, "validation": 0.1, "seed": 1, "preset": "repo",
-    "method_options": {"upload": "masked"},
+    "method_options": {"upload": "masked"}, "final_prune": True,
     "eval_every": 2, "precision": "bf16", "on_client_failure": "skip", "client_timeout": 1.0,
     "device": "cpu", "workers": 2,
 }  # fmt: skip

@@ -42,6 +42,6 @@ def guarded(work: Callable[[], int]) -> tuple[int, str]:
         status, message = BAD_INPUT, error
     except OSError as error:
         status, message = FAILED, error
-    except KeyboardInterrupt:
-        status, message = INTERRUPTED, "interrupted; the same command goes on from the last checkpoint"
+    except KeyboardInterrupt as error:
+        status, message = INTERRUPTED, "; ".join(["interrupted", *getattr(error, "__notes__", ())])
     return status, " ".join(str(message).split())

@@ -1,8 +1,9 @@
 """Settings that know their range: one line of declaration gives the default, the check, the help text and the error."""
 
+import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -66,8 +67,14 @@ def one_of(*names: str) -> Check:
 
 
 def key_of(names: Collection[str]) -> Check:
-    """One of `names`, which are read at every check, so that a dictionary's keys may grow."""
-    return Check("one of ", lambda value: value if isinstance(value, str) and value in names else None, names)
+    """One of `names`, which are read at every check, so that a dictionary's keys may grow. None is the name "none", if
+    that is one of them: a flag or YAML cannot tell the two apart."""
+
+    def accept(value):
+        value = "none" if value is None else value
+        return value if isinstance(value, str) and value in names else None
+
+    return Check("one of ", accept, names)
 
 
 def registered(names: Collection[str]) -> Check:
@@ -111,10 +118,48 @@ def validate(instance: Any) -> None:
         object.__setattr__(instance, item.name, accepted(item, getattr(instance, item.name)))
 
 
+def read_value(given: Any) -> Any:
+    """What a flag or an entry of a YAML file means, by one rule: "none" is None, JSON (numbers, objects) is read as
+    such, anything else stands as it is; so do the values in lists and mappings."""
+    if isinstance(given, Mapping):
+        return {key: read_value(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [read_value(value) for value in given]
+    if not isinstance(given, str):
+        return given
+    if given.lower() == "none":
+        return None
+    if re.fullmatch(r"[+-]?(\d+\.|\.\d+|\d+(?=e))(e[+-]?\d+)?", given, re.IGNORECASE):
+        return float(given)  # numbers that JSON does not know: .5, 5., +1e3
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError:
+        return given
+
+
+OTHER_NAMES = {
+    "gpu": "device", "cuda": "device", "cpu": "device", "learningrate": "lr", "epochs": "local_epochs",
+    "e": "local_epochs", "sparsity": "target_sparsity", "density": "target_sparsity", "batch": "batch_size",
+    "lambda": "penalty_max", "t": "rounds", "n": "clients", "k": "clients_per_round", "data": "dataset",
+    "algorithm": "method", "algo": "method", "strategy": "method", "output": "results", "outdir": "results",
+    "threads": "workers", "cores": "workers", "wd": "weight_decay", "dp": "feddp", "dip": "feddip",
+    "mnist": "fashionmnist", "resnet": "resnet18",
+}  # fmt: skip
+"""What others call our settings, methods and data, in plain letters."""
+
+
 def nearest(value: Any, names) -> str:
-    """' (did you mean x?)' for the nearest of `names`, or the empty string."""
-    match = get_close_matches(str(value), [str(name) for name in names], n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""
+    """' (did you mean x?)' for the nearest of `names`, whatever its case, dashes and dots, by OTHER_NAMES too; or the
+    empty string."""
+    known = {_letters(name): str(name) for name in reversed([*names])}
+    text = _letters(value)
+    other = _letters(OTHER_NAMES.get(text, ""))
+    match = [each for each in (text, other) if each in known] or get_close_matches(text, known, n=1, cutoff=0.6)
+    return f" (did you mean {known[match[0]]}?)" if match and text else ""
+
+
+def _letters(name: Any) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:

@@ -104,7 +104,7 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
     key_of(DATASETS).require("dataset", name)
     if callable(own := DATASETS[name]):
         return own()
-    folder = Path(root or os.environ.get("FEDDIP_DATA") or "data")
+    folder = Path(root or os.environ.get("FEDDIP_DATA") or "data").expanduser()
     arrays, sha256, variant = read_arrays(name, folder, DATASETS[name]["classes"])
     source = f"{_TITLES[name]}: {_SOURCES.get(f'{name} {variant}') or _SOURCES[variant]}"
     return dataset_of(name, arrays, source, sha256, variant)

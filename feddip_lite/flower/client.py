@@ -28,6 +28,7 @@ from ..core.message import Message, decode, encode
 from ..core.state import Memory
 from ..data.datasets import DATASETS, Dataset, dataset_of
 from ..data.files import checksum
+from ..data.own import read_images
 from ..data.partition import Split
 from ..records.store import atomic_write
 from ..train.failures import check_client
@@ -141,19 +142,16 @@ def own_data(config: Config, client: int, data: str, folder: str) -> tuple[Datas
 
 
 def images_in(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images `<folder>/<label>/*.png` (or .jpg), all of one size, in order of file names: grey (N, H, W) or colour
-    (N, H, W, 3), uint8; and their labels.
+    """The images `<folder>/<label>/*.png` as `data.own.read_images` takes them, and their labels, which are numbers:
+    what a class is called elsewhere, a site cannot know.
 
     Raises:
-        ValueError: no images, or of unlike sizes.
+        ValueError: as `read_images`; or a class folder that is no number.
     """
-    from PIL import Image
-
-    paths = sorted(Path(folder).glob("*/*.[pj][np]g"), key=lambda path: (path.name, path.parent.name))
-    images = [np.asarray(Image.open(path)) for path in paths]
-    if len({image.shape for image in images}) != 1:
-        raise ValueError(f"{folder}: {len(images)} images of {len({i.shape for i in images})} sizes; expected one size")
-    return np.stack(images), np.array([int(path.parent.name) for path in paths])
+    images, names = read_images(folder)
+    if strange := sorted({name for name in names if not name.isdecimal()}):
+        raise ValueError(f"{folder}/{strange[0]}: is no label; expected folders called by the numbers of the classes")
+    return images, names.astype(np.int64)
 
 
 def recall(folder: Path, token: str, layout: Layout) -> Memory:

@@ -1,9 +1,10 @@
 """The methods by name. A new one is a class in a file of its own and a line here (or `METHODS["name"] = Class`)."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 
 from ..core.settings import accepted, key_of, refuse_unknown
+from ..core.state import EMPTY
 from .base import Method
 from .fedavg import FedAvg, FedProx
 from .feddip import FedDIP, FedDP
@@ -37,6 +38,42 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def options_of(name: str) -> dict[str, Field]:
+    """The settings of a method that are its own, with their checks."""
+    context = {item.name for item in fields(Method)}
+    return {item.name: item for item in fields(METHODS[name]) if item.name not in context}
+
+
+def options_of_all() -> list[str]:
+    """A line for each method: its name, what it is called, its presets."""
+    width = max(map(len, METHODS))
+    return [
+        f"{name:{width}}  {method.about.title}; presets {', '.join(method.presets)}" for name, method in METHODS.items()
+    ]
+
+
+def options_in_words(name: str, sources: Mapping[str, Mapping] = EMPTY) -> list[str]:
+    """What a method is, and a line for each of its settings: value by preset, range, meaning, and the source of its
+    value (`sources`, the content of params/methods.yaml).
+
+    Raises:
+        ValueError: no such method.
+    """
+    key_of(METHODS).require("method", name)
+    method, lines = METHODS[name], []
+    for option, item in options_of(name).items():
+        values = {preset: settings_of(name, preset)[option] for preset in method.presets}
+        usual = values.pop("paper", item.default)
+        others = [f"{preset}: {value}" for preset, value in values.items() if value != usual]
+        check = item.metadata.get("check")
+        said = [f"{item.metadata['doc']}; {check.expected}"] if check else ["as --" + option.replace("_", "-")]
+        source = sources.get(name, {}).get("paper", {}).get(option)
+        said += [f"source: {source[1]}"] if source else []
+        lines.append(f"  {option} = {usual}{f' ({chr(44).join(others)})' if others else ''}: {'; '.join(said)}")
+    about = method.about
+    return [f"{name}: {about.title}, {about.family}. Source: {about.source}", *(lines or ["  no settings of its own"])]
+
+
 def settings_of(name: str, preset: str) -> dict[str, object]:
     """Every hyper-parameter of a method with its value under `preset`.
 
@@ -45,8 +82,7 @@ def settings_of(name: str, preset: str) -> dict[str, object]:
     """
     method = METHODS[name]
     key_of(method.presets).require("preset", preset, f"method {name}")
-    context = {item.name for item in fields(Method)}
-    own = {item.name: item.default for item in fields(method) if item.name not in context}
+    own = {option: item.default for option, item in options_of(name).items()}
     return own | dict(method.presets[preset])
 
 

@@ -22,7 +22,7 @@ RECORDED = ("lite", "long", "paper")
 
 def data_root() -> Path:
     """Where data sets are looked for, from any working directory: $FEDDIP_DATA, else `data/` of the checkout."""
-    return Path(os.environ.get("FEDDIP_DATA") or ROOT / "data").absolute()
+    return Path(os.environ.get("FEDDIP_DATA") or ROOT / "data").expanduser().absolute()
 
 
 def profile_queue(profile: str, **wanted) -> list[Config]:

@@ -5,6 +5,7 @@
       - {method: [fedavg, feddip], partition: [iid, pathological], seed: [0, 1, 2]}
 
 An entry stands for every combination of its lists, the last list varying fastest; entries run from top to bottom.
+Values are read as on the command line: `1e-1` is a number, `none` is none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from ..config import Config
-from ..core.settings import refuse_unknown
+from ..core.settings import read_value, refuse_unknown
 
 
 def load_profile(path: str | Path) -> list[Config]:
@@ -36,7 +37,7 @@ def load_profile(path: str | Path) -> list[Config]:
     configs = {}
     for number, entry in enumerate(content["queue"], 1):
         try:
-            for config in _expand({**(content.get("defaults") or {}), **entry}):
+            for config in _expand(read_value({**(content.get("defaults") or {}), **entry})):
                 configs.setdefault(config.run_id, config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, entry {number}: {error}") from error

@@ -37,7 +37,16 @@ class Checkpoints(Observer):
 
     def __init__(self, path: Path, every: int | None, deadline: float = math.inf):
         self.path, self.every, self.deadline = path, every, deadline
-        self.saved = time.monotonic()
+        self.saved, self.saved_round = time.monotonic(), 0
+
+    def started(self, run: Run) -> None:
+        self.saved_round = run.state.round  # what the file holds, or nothing
+
+    def ended(self, run: Run, error: BaseException | None) -> None:
+        """Tell the user of an interrupted run what is left of it."""
+        if isinstance(error, KeyboardInterrupt):
+            there = f"goes on from the checkpoint after {self.saved_round} of {run.config.rounds} rounds"
+            error.add_note(f"the same command {there if self.saved_round else 'begins again: no checkpoint yet'}")
 
     def round_done(self, run: Run, record: RoundRecord) -> None:
         """Raises OutOfTime, after a checkpoint, past the deadline."""
@@ -46,7 +55,7 @@ class Checkpoints(Observer):
         if done == rounds or not (due or now > self.deadline):
             return
         save_checkpoint(self.path, run.progress, run.config, origin_of(run.config, run.clients))
-        self.saved = time.monotonic()
+        self.saved, self.saved_round = time.monotonic(), done
         if now > self.deadline:
             raise OutOfTime(f"{run.config.run_id}: out of time after {done} of {rounds} rounds")
 

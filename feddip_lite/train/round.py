@@ -19,7 +19,7 @@ from ..core.flat import FlatModel, sha256_of
 from ..core.message import Message, num_bytes
 from ..core.plan import LocalResult
 from ..core.seeds import numpy_generator
-from ..core.sparsity import density
+from ..core.sparsity import density, nested_mask, num_kept
 from ..core.state import EMPTY, Memory, ServerState
 from ..data.datasets import Dataset
 from ..methods.base import Method, samples_of
@@ -109,8 +109,17 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     jobs = clients.deliver(method, offers, state, config)  # each: plan -> local update -> reply, `train_client`
     replies, memories, results, skipped = collect(jobs, clients.workers, method, state, config)
     merged = method.merge(state, replies, t)
+    if config.final_prune and t == config.rounds - 1:
+        merged = pruned_to(merged, config.target_sparsity)
     new = replace(merged, memories={**state.memories, **memories})
     return new, record_of(new, Exchange(state, offers, replies, results), skipped, method, config)
+
+
+def pruned_to(state: ServerState, sparsity: float) -> ServerState:
+    """The state whose mask keeps the largest of the weights that it kept, down to this sparsity. A mask that is sparser
+    already stays."""
+    scores = state.weights[: len(state.mask)].abs()
+    return replace(state, mask=nested_mask(state.mask, scores, num_kept(sparsity, len(scores))))
 
 
 def train_client(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -17,10 +18,11 @@ import pandas as pd
 import torch
 
 from ..config import Config
-from ..core.errors import ClientFailure, Diverged, is_divergence
+from ..core.errors import ClientFailure, Diverged, Note, is_divergence
 from ..data.datasets import load_dataset
 from ..data.own import known_as
 from ..methods.base import Method
+from ..methods.registry import settings_of
 from ..records.catalogue import data_root
 from ..records.names import describe
 from ..records.store import load_results, run_lock
@@ -64,9 +66,22 @@ def run(
         ClientFailure: a client failed or diverged and the configuration says "abort", or every client did.
     """
     config = with_own(config, model, data)
-    recording = None if results_dir is None else Recording(Path(results_dir))
+    recording = None if results_dir is None else Recording(Path(results_dir).expanduser())
     line = ProgressLine(show=progress)
-    return execute(config, recording, [line, *observers], checkpoint_every=checkpoint_every)
+    history = execute(config, recording, [line, *observers], checkpoint_every=checkpoint_every)
+    say_if_short(config.resolved(), history)
+    return history
+
+
+def say_if_short(config: Config, history: pd.DataFrame) -> None:
+    """Note that a run ended below its target sparsity, and why."""
+    left, aimed = history["sparsity"].iloc[-1], config.target_sparsity
+    if "target_sparsity" in settings_of(config.method, config.preset) and left < aimed - 0.002:
+        why = "schedules reach it only as rounds go on"
+        if config.mask_interval:
+            why += f", and masks change every {config.mask_interval} rounds"
+        words = f"target_sparsity: {aimed:g}, and the run ended at {left:.3f}: {why}; final_prune gives it exactly"
+        warnings.warn(words, Note, stacklevel=3)
 
 
 def with_own(config: Config, model: object = None, data: object = None) -> Config:
@@ -199,7 +214,9 @@ def train(configs: Iterable[Config], folder: Path) -> pd.DataFrame:
     os.environ["FEDDIP_DATA"] = str(data_root())
     configs, start = list(configs), time.monotonic()
     for number, config in enumerate(configs, 1):
-        last = run(config, results_dir=folder, progress=config.rounds > _LONG).iloc[-1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Note)  # a queue is meant as it stands
+            last = run(config, results_dir=folder, progress=config.rounds > _LONG).iloc[-1]
         left = (time.monotonic() - start) / number * (len(configs) - number)
         more = f"; about {left:.0f} s left" if left >= 1 else ""
         print(f"[{number}/{len(configs)}] {config.run_id}: accuracy {last['accuracy']:.4f}{more}", flush=True)

@@ -7,6 +7,7 @@ thread is set alike in every worker.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -14,7 +15,9 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Condition
 
@@ -22,6 +25,7 @@ import torch
 
 from ..core.flat import FlatModel
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -158,10 +162,22 @@ def num_workers(setting: str | int, clients_per_round: int, device: torch.device
     On a CPU all clients of the cohort are under way, up to three per core, and one per core is running. On a GPU jobs
     share the device, so it is one. More would only cost memory.
     """
-    cores = 1 if device.type == "cuda" else os.cpu_count() or 1
+    cores = 1 if device.type == "cuda" else usable_cores()
     running = cores if setting == "auto" else int(setting)
     under_way = running if running == 1 else 3 * running
     return max(1, min(under_way, clients_per_round)), running
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, of those that the machine has: its affinity (which batch systems set), SLURM's
+    word, a container's quota of time."""
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    if (told := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        cores.append(int(told))
+    with suppress(OSError, ValueError):  # "max" where there is no quota
+        quota, period = QUOTA.read_text().split()
+        cores.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(cores))
 
 
 def keep_freed_memory() -> None:

@@ -36,6 +36,10 @@ def checkpoints(tmp_path_factory):
     return folder / "one", folder / "two"
 
 
+BEST_EFFORT = ("open folder", "fsync folder")
+"""Steps after which the file is there, whatever becomes of them: some file systems cannot sync a folder."""
+
+
 def fail_with(number):
     def fail():
         raise OSError(number, os.strerror(number))
@@ -63,9 +67,12 @@ def test_checkpoint_is_the_old_one_or_the_new_one_at_every_step(tmp_path, monkey
         progress = load_checkpoint(two, CONFIG, CPU)
         with monkeypatch.context() as patch:
             Faults(step, fail_with(death)).install(lambda *a: patch.setattr(*a, raising=False))
-            with pytest.raises(OSError, match=os.strerror(death)) as caught:
+            if step in BEST_EFFORT:
                 save_checkpoint(path, progress, CONFIG)
-        assert str(path) in str(caught.value)
+            else:
+                with pytest.raises(OSError, match=os.strerror(death)) as caught:
+                    save_checkpoint(path, progress, CONFIG)
+                assert str(path) in str(caught.value)
         assert parts(tmp_path) == []
     if STEPS.index(step) >= STEPS.index("renamed"):
         assert load_checkpoint(path, CONFIG, CPU).state.round == 2
@@ -89,10 +96,17 @@ def test_result_is_complete_or_not_there_at_every_step(tmp_path, monkeypatch, de
     else:
         with monkeypatch.context() as patch:
             Faults(step, fail_with(death), suffix).install(lambda *a: patch.setattr(*a, raising=False))
-            with pytest.raises(OSError, match=f"{config.run_id}{suffix}"):
+            if step in BEST_EFFORT:
                 save_run(tmp_path, config, history, {}, [], **left)
+            else:
+                with pytest.raises(OSError, match=f"{config.run_id}{suffix}"):
+                    save_run(tmp_path, config, history, {}, [], **left)
         assert parts(tmp_path) == []
-    complete = suffix == ".json" and STEPS.index(step) >= STEPS.index("renamed")
+    complete = (
+        (step in BEST_EFFORT and death != "kill -9")
+        or suffix == ".json"
+        and STEPS.index(step) >= STEPS.index("renamed")
+    )
     stored = read_run(tmp_path, config.run_id)
     assert stored[0].equals(history) if complete else stored is None
     with run_lock(tmp_path, config.run_id):

@@ -1,5 +1,6 @@
 """Laws of clients side by side: never more than there are slots, first come first served, and nobody is forgotten."""
 
+import os
 import threading
 import time
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from feddip_lite.core.flat import FlatModel, Layout
+from feddip_lite.train import workers as module
 from feddip_lite.train.workers import Workers, keep_freed_memory, num_workers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -99,3 +101,15 @@ def test_keeping_freed_memory_may_be_asked_for_again():
     keep_freed_memory()
     keep_freed_memory()
     assert torch.ones(3).sum() == 3
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5, 6}, raising=False)
+    assert module.usable_cores() == 4
+    for quota, cores in (("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("?", 4)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert module.usable_cores() == cores
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert module.usable_cores() == 3
