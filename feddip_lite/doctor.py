@@ -98,7 +98,7 @@ def _data(root: Path) -> Iterator[Finding]:
     files = import_module("feddip_lite.data.files")
     for name in files.IMAGE_SHAPES:
         paths = set(files.files_of(name, root).values())
-        missing = sorted(path for path in paths if not path.is_file())
+        missing = sorted(path for path in paths if not path.is_file()) if files.files_here(name, root) is None else []
         if missing and len(missing) == len(paths):
             yield f"{name}: not found ({missing[0]}); downloaded at first use, or set FEDDIP_DATA", False
         elif missing:

@@ -262,11 +262,11 @@ def test_methods_are_listed_and_each_of_their_options_with_value_range_and_sourc
 def test_a_run_that_stays_below_its_target_or_steps_once_an_epoch_says_so_and_a_final_prune_reaches_it(
     tmp_path, capsys
 ):
-    few = {"rounds": 6, "clients": 60, "clients_per_round": 2, "mask_interval": 5}
+    few = {"rounds": 9, "clients": 60, "clients_per_round": 2, "mask_interval": 5}
     assert main(["run", *flags(**few), f"--results={tmp_path}"]) == 0
     _, err = read_outputs(capsys)
     notes = [line for line in err if ": note: " in line]
-    assert "batch_size: 128, and no client has more than 24 training samples: an epoch is one step" in notes[0]
+    assert "batch_size: 32, and no client has more than 24 training samples: an epoch is one step" in notes[0]
     assert "target_sparsity: 0.9, and the run ended at 0.8" in notes[1] and "masks change every 5 rounds" in notes[1]
     assert len(notes) == 2
     assert main(["run", *flags(**few), "--final-prune=true", f"--results={tmp_path}"]) == 0

@@ -93,9 +93,10 @@ def load_dataset(name: str, root: str | os.PathLike | None = None) -> Dataset:
 
     Args:
         name: the data set, or one that was registered; "digits" needs neither files nor network.
-        root: folder that holds `FashionMNIST/raw/*-ubyte` (torchvision's layout), `cifar10.npz`, `cifar100.npz`
-            (uint8 arrays train_images, train_labels, test_images, test_labels; images NHWC). Default: the environment
-            variable FEDDIP_DATA, else "data".
+        root: folder that holds `FashionMNIST/raw/*-ubyte` or `*-ubyte.gz` (torchvision's layout), `cifar10.npz`,
+            `cifar100.npz` (uint8 arrays train_images, train_labels, test_images, test_labels; images NHWC) or
+            `cifar-10-batches-py`, `cifar-100-python` (torchvision's). Default: the environment variable FEDDIP_DATA,
+            else "data".
 
     Raises:
         ValueError: an unknown name, or a file that is damaged or malformed; the message names file and reason.

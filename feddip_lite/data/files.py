@@ -1,21 +1,25 @@
 """Where the arrays of a data set come from: files that are checked on every load, else a download that is kept.
 
 Fashion-MNIST's files are read by torchvision, CIFAR's by numpy; neither torchvision nor scikit-learn is imported unless
-it is needed, and nothing is ever unpickled. Every refusal is one ValueError that names the file and the reason.
+it is needed, and a pickle is read only if it is the published one, by its MD5. Every refusal is one ValueError that names
+the file and the reason.
 """
 
+import gzip
 import hashlib
 import os
 import socket
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 IMAGE_SHAPES = {"digits": (28, 28), "fashionmnist": (28, 28), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
+BATCHES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 DIGITS = "scikit-learn's bundled digits"
 DOWNLOAD_TIMEOUT_SECONDS = 30.0  # per network operation, so that a machine without network is told and does not hang
@@ -41,20 +45,35 @@ def read_arrays(name: str, root: Path, classes: int) -> tuple[dict[str, np.ndarr
         ValueError: a damaged or malformed file.
         FileNotFoundError: files that are missing and cannot be downloaded.
     """
-    paths = files_of(name, root)
-    if not all(path.is_file() for path in paths.values()):
+    paths, variant = files_of(name, root), None
+    found = files_here(name, root)
+    if found is None:
         _download(name, root, paths)
+        found = files_here(name, root)
     if name == "digits":
         arrays = _digits()
     elif name == "fashionmnist":
-        from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor as read_idx
-
-        arrays = {key: _read(path, read_idx).numpy() for key, path in paths.items()}
-    else:
+        paths = dict(zip(KEYS, found, strict=True))
+        arrays = {key: _read(path, _idx) for key, path in paths.items()}
+    elif paths["train_images"].is_file():
         arrays = _read(paths["train_images"], _npz)
+    else:
+        folder = root / BATCHES[name]
+        arrays, paths, variant = _read(folder, partial(_batches, name)), dict.fromkeys(KEYS, folder), "official"
     _check(arrays, paths or dict.fromkeys(KEYS, DIGITS), IMAGE_SHAPES[name], classes)
     sha256 = checksum(arrays)
-    return arrays, sha256, _variant(name, sha256, root)
+    return arrays, sha256, variant or _variant(name, sha256, root)
+
+
+def files_here(name: str, root: Path) -> list[Path] | None:
+    """The files that hold a data set below `root`, in one of the forms that are read: those of `files_of`, else
+    Fashion-MNIST's as they are downloaded (`.gz`), or CIFAR's folder as torchvision keeps it; None if none is."""
+    paths = list(dict.fromkeys(files_of(name, root).values()))
+    if name == "fashionmnist":
+        paths = [path if path.is_file() else path.with_name(f"{path.name}.gz") for path in paths]
+    elif name in BATCHES and not paths[0].is_file():
+        paths = sorted((root / BATCHES[name]).glob("*")) or paths
+    return paths if all(path.is_file() for path in paths) else None
 
 
 def checksum(arrays: dict[str, np.ndarray]) -> str:
@@ -89,6 +108,32 @@ def _digits() -> dict[str, np.ndarray]:
     return dict(zip(KEYS, (images[~is_test], labels[~is_test], images[is_test], labels[is_test]), strict=True))
 
 
+def _idx(path: Path) -> np.ndarray:
+    """The array of an IDX file, which may be compressed."""
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor as read_idx
+
+    if path.suffix != ".gz":
+        return read_idx(path).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, path.stem)
+        with gzip.open(path) as packed:
+            plain.write_bytes(packed.read())
+        return read_idx(plain).numpy()
+
+
+def _batches(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of CIFAR's own files, which are pickles: torchvision reads them, once each has the published MD5."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    maker = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if not all(check_integrity(folder / file, md5) for file, md5 in maker.train_list + maker.test_list):
+        raise ValueError("a file is missing, or has another MD5 than published, so it is not unpickled")
+    train, test = (maker(folder.parent, train=is_train) for is_train in (True, False))
+    parts = (np.asarray(part, np.uint8) for part in (train.data, train.targets, test.data, test.targets))
+    return dict(zip(KEYS, parts, strict=True))
+
+
 def _read(path: Path, reader: Callable):
     """`reader(path)`; ValueError, naming the file, whatever goes wrong."""
     try:
@@ -112,13 +157,15 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _looks_like(path: Path) -> str:
+    if path.is_dir():
+        return ""
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
         return "it is empty"
     if start.lstrip()[:1] == b"<":
         return "it looks like an HTML page: the download was answered by a web page"
-    return "it is still compressed: run gunzip on it" if start.startswith(b"\x1f\x8b") else ""
+    return "it is still compressed: run gunzip on it, or call it .gz" if start.startswith(b"\x1f\x8b") else ""
 
 
 def _check(arrays: dict[str, np.ndarray], places: dict, image_shape: tuple[int, ...], classes: int) -> None:

@@ -16,7 +16,7 @@ from ..config import Config
 from ..core.models import MODELS, build_model
 from ..core.own_model import OwnModel, fingerprint, own_model
 from ..data.datasets import DATASETS, Dataset, load_dataset
-from ..data.files import files_of
+from ..data.files import files_here
 from ..methods.registry import METHODS
 from .setup import fitting
 
@@ -62,8 +62,9 @@ def refuse_differing(path: Path, what: str, there: Mapping, here: Mapping, remed
 def _data_sha256(name: str) -> str | None:
     """Checksum of one of the data sets that are always known, if it is here."""
     root = Path(os.environ.get("FEDDIP_DATA") or "data").expanduser()
-    paths = files_of(name, root).values() if name in DATASETS and not callable(DATASETS[name]) else [root / "?"]
-    if not all(path.is_file() for path in paths):
+    always = name in DATASETS and not callable(DATASETS[name])
+    paths = files_here(name, root) if always else None
+    if paths is None:
         return None
     return _sha256_of_files(name, root, tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in paths))
 

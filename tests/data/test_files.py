@@ -1,6 +1,9 @@
 """Laws of the data files: what is intact is read, what is damaged is refused by name, a download is kept whole."""
 
+import gzip
+import hashlib
 import io
+import pickle
 import struct
 import sys
 import zipfile
@@ -272,3 +275,61 @@ def test_download_is_kept_in_the_documented_form(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"cifar10.npz", "cifar10.sha256", "FashionMNIST"}
     monkeypatch.setitem(sys.modules, "torchvision", None)  # from now on only the files can serve
     assert load_dataset("cifar10", tmp_path).variant == "official"
+
+
+def test_compressed_idx_files_are_read_as_they_are(tmp_path, monkeypatch):
+    paths = write_fashion(tmp_path)
+    monkeypatch.setitem(files.KNOWN["fashionmnist"], checksum(fashion_arrays()), "official")
+    plain = load_dataset("fashionmnist", tmp_path)
+    for path in paths.values():
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert load_dataset("fashionmnist", tmp_path).sha256 == plain.sha256
+    packed = paths["train_images"].with_name(f"{paths['train_images'].name}.gz")
+    packed.write_bytes(packed.read_bytes()[:-20])
+    refused("fashionmnist", tmp_path, packed, "damaged")
+
+
+def pickled(folder, arrays):
+    """CIFAR-10 in six files as torchvision keeps it, and their MD5."""
+    folder.mkdir()
+    batches = {f"data_batch_{i + 1}": arrays["train_images"][i : i + 1] for i in range(5)}
+    batches["test_batch"] = arrays["test_images"][:1]
+    sums = []
+    for name, images in batches.items():
+        content = pickle.dumps({"data": images.transpose(0, 3, 1, 2).reshape(1, -1), "labels": [len(sums)]})
+        (folder / name).write_bytes(content)
+        sums.append([name, hashlib.md5(content).hexdigest()])
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    (folder / "batches.meta").write_bytes(meta)
+    return sums, hashlib.md5(meta).hexdigest()
+
+
+def test_torchvisions_cifar_folder_is_read_if_every_file_has_its_published_md5(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    sums, meta = pickled(folder, cifar_arrays())
+    with pytest.raises(ValueError, match="cifar-10-batches-py: .*another MD5 than published"):
+        load_dataset("cifar10", tmp_path)
+    monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", sums[5:])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": meta})
+    data = load_dataset("cifar10", tmp_path)
+    assert data.variant == "official" and data.train_labels.tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(data.train_images.permute(0, 2, 3, 1).numpy(), cifar_arrays()["train_images"][:5])
+    planted = tmp_path / "planted"
+    (folder / "data_batch_3").write_bytes(pickle.dumps(Planted(planted)))
+    with pytest.raises(ValueError, match="not unpickled"):
+        load_dataset("cifar10", tmp_path)
+    assert not planted.exists()
+
+
+class Planted:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
