@@ -18,7 +18,7 @@ from .methods.registry import METHODS, options_in_words, options_of, options_of_
 from .records.plain_model import export_model
 from .records.profiles import load_profile
 from .records.store import ROOT, read_run
-from .train.observe import ProgressLine, progress_bar
+from .train.observe import Observer, ProgressLine, progress_bar
 from .train.recording import Recording
 from .train.run import execute, run
 
@@ -69,6 +69,9 @@ def parser() -> Parser:
     for command in (one, many):
         command.add_argument("--results", metavar="DIR", default="build/results", help="default: %(default)s")
         command.add_argument("--checkpoint-every", metavar="ROUNDS", help="default: at most one every 30 s")
+        command.add_argument(
+            "--tensorboard", metavar="DIR", help="write the rows there, too (feddip-lite[tensorboard])"
+        )
         command.add_argument("--quiet", action="store_true", help="no progress")
     listed = commands.add_parser("methods", help="every method, or the options of one: defaults, ranges, sources")
     listed.add_argument("name", nargs="?", help="such as feddip")
@@ -108,6 +111,8 @@ def _command(arguments: list[str] | None) -> int:
         sources = yaml.safe_load(path.read_text()) if path.exists() else {}
         print("\n".join(options_of_all() if given.name is None else options_in_words(given.name, sources)))
         return 0
+    if getattr(given, "quiet", False):
+        warnings.simplefilter("ignore", Note)
     given.results = str(Path(given.results).expanduser())
     if given.command == "export":
         print(f"{given.to}: {export_model(given.results, given.run, given.to)} bytes")
@@ -124,18 +129,25 @@ def _run(given: argparse.Namespace, every: int | None) -> int:
         pairs = (pair.partition("=") for pair in text.split(","))
         values["method_options"] = {name.strip(): read_value(value.strip()) for name, _, value in pairs}
     config = Config.from_dict(values)
-    if given.quiet:
-        warnings.simplefilter("ignore", Note)
     if given.on != "here":
         from .flower.processes import launch  # only here, so that a run in one process knows nothing of Flower
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that `launch` ends what it has started
         launch(config, given.results, given.on, checkpoint_every=every or 1)
-    history = run(config, results_dir=given.results, checkpoint_every=every, progress=not given.quiet)
+    more = {"checkpoint_every": every, "progress": not given.quiet, "observers": _watching(given)}
+    history = run(config, results_dir=given.results, **more)
     print(
         f"{given.results}/{config.run_id}.csv: accuracy {history['accuracy'].iloc[-1]:.4f} after {config.rounds} rounds"
     )
     return 0
+
+
+def _watching(given: argparse.Namespace) -> list[Observer]:
+    if given.tensorboard is None:
+        return []
+    from .report.live import TensorBoard  # with all that draws, only where it is asked for
+
+    return [TensorBoard(given.tensorboard)]
 
 
 def _sweep(given: argparse.Namespace, every: int | None) -> int:
@@ -153,9 +165,8 @@ def _sweep(given: argparse.Namespace, every: int | None) -> int:
             try:
                 if time.monotonic() > deadline and not is_there:
                     raise OutOfTime(f"{config.run_id}: not started")
-                history = execute(
-                    config, recording, [ProgressLine(bar)], checkpoint_every=every, deadline=deadline, wait=False
-                )
+                watching = [ProgressLine(bar), *_watching(given)]
+                history = execute(config, recording, watching, checkpoint_every=every, deadline=deadline, wait=False)
                 said = f"{config.run_id}: accuracy {history['accuracy'].iloc[-1]:.4f}"
             except OutOfTime as stop:
                 left = len(configs) - number + 1

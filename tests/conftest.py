@@ -144,8 +144,9 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def names(folder: Path) -> list[str]:
-    """The files of a results folder, locks aside."""
-    return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
+    """The files of a results folder; locks, and the rows of runs that have not ended, aside."""
+    aside = (".locks", ".partial.csv")
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(aside))
 
 
 def csv_without_seconds(path: Path) -> list[str]:

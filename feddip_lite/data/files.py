@@ -1,7 +1,7 @@
 """Where the arrays of a data set come from: files that are checked on every load, else a download that is kept.
 
-Fashion-MNIST's files are read by torchvision, CIFAR's by numpy; neither torchvision nor scikit-learn is imported unless
-it is needed, and a pickle is read only if it is the published one, by its MD5. Every refusal is one ValueError that names
+Fashion-MNIST's files are read by torchvision, CIFAR's by numpy; neither torchvision nor scikit-learn is imported before
+it is needed. A pickle is read only if it is the published one, by its MD5. Every refusal is one ValueError that names
 the file and the reason.
 """
 

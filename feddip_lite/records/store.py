@@ -160,7 +160,7 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     record, table_path = read_record(path), path.with_suffix(".csv")
     table = table_path.read_bytes() if table_path.exists() else b""
     if record["run_id"] != run_id or hashlib.sha256(table).hexdigest() != record["csv_sha256"]:
-        raise ValueError(f"{table_path}: does not match {path.name}; {remedy(path, 'delete both to run again')}")
+        raise ValueError(f"{table_path}: does not match {path.name}; {advice(path, 'delete both to run again')}")
     if (right := right_id(path, record)) != run_id:
         raise ValueError(
             f"{path}: a record of another run, since its configuration has the id {right} in this version; "
@@ -171,7 +171,7 @@ def read_run(folder: Path, run_id: str) -> tuple[pd.DataFrame, dict] | None:
     return history.astype({name: int if name in INTEGER_COLUMNS else float for name in history}), record
 
 
-def remedy(path: Path, otherwise: str) -> str:
+def advice(path: Path, otherwise: str) -> str:
     """What to do about a damaged file: what git can restore is restored, never deleted."""
     kept = ROOT / "results" in path.resolve().parents
     return f"`git checkout -- {path.with_suffix('')}.*` restores it" if kept else otherwise
@@ -192,7 +192,7 @@ def read_record(path: Path) -> dict:
         for name in ("run_id", "config", "csv_sha256"):
             record[name]
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: damaged result ({error}); {remedy(path, 'delete it to run again')}") from error
+        raise ValueError(f"{path}: damaged result ({error}); {advice(path, 'delete it to run again')}") from error
     return record
 
 
@@ -230,7 +230,7 @@ def read_mask(folder: Path, run_id: str) -> Tensor | None:
         return torch.ones(count, dtype=torch.bool)
     bits = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(bits).hexdigest() != record["mask_sha256"]:
-        raise ValueError(f"{path}: does not match {run_id}.json; {remedy(path, 'delete that to run again')}")
+        raise ValueError(f"{path}: does not match {run_id}.json; {advice(path, 'delete that to run again')}")
     return torch.from_numpy(np.unpackbits(np.frombuffer(zlib.decompress(bits), np.uint8), count=count).view(np.bool_))
 
 
@@ -249,7 +249,7 @@ def read_model(folder: Path, run_id: str) -> KeptModel:
         remedy = "delete the record, or use another folder, and run its configuration again to have it"
         raise FileNotFoundError(f"{path}: the model of this run is not here; {remedy}")
     if hashlib.sha256(path.read_bytes()).hexdigest() != stored[1].get("model_sha256"):
-        raise ValueError(f"{path}: does not match {run_id}.json; {remedy(path, 'delete that to run again')}")
+        raise ValueError(f"{path}: does not match {run_id}.json; {advice(path, 'delete that to run again')}")
     return read_model_file(path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
@@ -137,6 +138,26 @@ class LastState(Observer):
 
     def ended(self, run: Run, error: BaseException | None) -> None:
         self.state, self.data = run.state, run.clients.data
+
+
+class PartialRows(Observer):
+    """The rows so far in a file, as they come, to be looked at while a run goes on; gone once the run is recorded."""
+
+    def __init__(self, path: Path):
+        self.path, self.count = path, 0
+
+    def started(self, run: Run) -> None:
+        if run.progress.rows:  # of an interrupted run, as its checkpoint has them
+            self.path.write_text(run.history().to_csv(index=False, lineterminator="\n"))
+        self.count = len(run.progress.rows)
+
+    def round_done(self, run: Run, record: RoundRecord) -> None:
+        rows = run.history().iloc[self.count :]
+        if len(rows):
+            text = rows.to_csv(index=False, header=not self.count, lineterminator="\n")
+            with open(self.path, "a" if self.count else "w") as file:
+                file.write(text)
+            self.count += len(rows)
 
 
 class ProgressLine(Observer):

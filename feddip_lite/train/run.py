@@ -29,7 +29,7 @@ from ..records.store import load_results, run_lock
 from .checkpoint import Checkpoints, load_checkpoint
 from .evaluate import evaluate_state
 from .identity import known_model
-from .observe import Observer, Progress, ProgressLine, Run
+from .observe import Observer, PartialRows, Progress, ProgressLine, Run
 from .recording import Recording
 from .round import Clients, run_round
 from .setup import prepare
@@ -47,7 +47,8 @@ def run(
 ) -> pd.DataFrame:
     """Run a configuration to its end and return its history: one row per evaluated round, columns `store.COLUMNS`.
 
-    With `results_dir` the run is recorded there as `<run_id>.csv` and `.json`; a run that is there already is returned
+    With `results_dir` the run is recorded there as `<run_id>.csv` and `.json`, with its rows so far in
+    `<run_id>.partial.csv` until then; a run that is there already is returned
     without computing anything, and one that was interrupted goes on from its checkpoint, to the same bits.
 
     Args:
@@ -118,7 +119,7 @@ def execute(
             now = Run(config, connect(clients, method, config), method, Progress(state))
             go_through(now, observers)
         return now.history()
-    path = recording.folder / f"{config.run_id}.{suffix}"
+    path, partial = (recording.folder / f"{config.run_id}.{kind}" for kind in (suffix, "partial.csv"))
     if (stored := recording.stored(config)) is not None and not path.exists():
         recording.refuse_other(config)
         return stored
@@ -128,14 +129,17 @@ def execute(
             done = load_checkpoint(path, config, state.weights.device, clients) if path.exists() else Progress(state)
             now = Run(config, connect(clients, method, config), method, done)
             try:
-                go_through(now, [*observers, Checkpoints(path, checkpoint_every, deadline)])
+                watching = [PartialRows(partial), Checkpoints(path, checkpoint_every, deadline)]
+                go_through(now, [*observers, *watching])
             except (ClientFailure, Diverged) as error:
                 if not is_divergence(error):
                     raise
                 failed = now.state.round - (not isinstance(error, ClientFailure))  # in a client, or when evaluated
                 recording.save(now, {"round": failed, "reason": str(error)})
+                partial.unlink(missing_ok=True)
                 raise
             recording.save(now)
+        partial.unlink(missing_ok=True)  # before the checkpoint, which a killed process that is called again finds
         path.unlink(missing_ok=True)
         return recording.stored(config)
 

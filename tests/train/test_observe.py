@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
+import pandas as pd
 import pytest
-from conftest import FAST, TINY, environment, interrupted, same_history, tiny_config
+from conftest import FAST, TINY, environment, interrupted, names, record_files, same_history, tiny_config
 
 from feddip_lite import run
 from feddip_lite.core.errors import ClientFailure, OutOfTime
@@ -100,3 +102,26 @@ def test_without_the_folder_fast_everything_works(tmp_path):
     usual = run(tiny_config(rounds=2), progress=False)
     slower = [float(line.split(",")[2]) for line in done.stdout.split()[1:]]
     assert slower == pytest.approx(usual["accuracy"].tolist(), abs=0.02)
+
+
+def test_rows_are_in_a_file_as_they_come_and_the_file_goes_with_the_end(tmp_path):
+    config = tiny_config(rounds=4, **FAST)
+    path, seen = tmp_path / f"{config.run_id}.partial.csv", []
+
+    class Look(Observer):
+        def round_done(self, run, record):
+            seen.append(pd.read_csv(path) if path.exists() else None)
+
+    def look():
+        return execute(config, Recording(tmp_path), [Look()], deadline=time.monotonic())
+
+    with pytest.raises(OutOfTime):
+        look()
+    assert seen == [None]  # observers are told in turn
+    assert len(pd.read_csv(path)) == 1
+    with pytest.raises(OutOfTime):
+        look()
+    whole = run(config, results_dir=tmp_path, progress=False, observers=[Look()])
+    assert [None if rows is None else len(rows) for rows in seen] == [None, 1, 2, 3]
+    assert same_history(seen[-1].assign(local_accuracy=float("nan")), whole.iloc[:3])
+    assert names(tmp_path) == record_files(config.run_id) and not path.exists()
