@@ -79,6 +79,25 @@ def splits(results: pd.DataFrame) -> list[str]:
     return sorted(results["split"].unique(), key=lambda split: (split != "IID", split))
 
 
+def told_apart(results: pd.DataFrame) -> pd.DataFrame:
+    """Results of one setting as they are; of several, so that no difference is hidden: `setting` is what all share, and
+    each `label` says what else its run's setting says."""
+    words = {setting: setting.split(", ") for setting in results["setting"].unique()}
+    if len(words) < 2:
+        return results
+    first = next(iter(words.values()))
+    shared = [word for word in first if all(word in own for own in words.values())]
+    more = {setting: ", ".join(word for word in own if word not in shared) for setting, own in words.items()}
+    labels = [_with(label, more[setting]) for label, setting in zip(results["label"], results["setting"], strict=True)]
+    return results.assign(label=labels, setting=", ".join(shared))
+
+
+def _with(label: str, note: str) -> str:
+    if not note:
+        return label
+    return f"{label[:-1]}; {note})" if label.endswith(")") else f"{label} ({note})"
+
+
 def any_of(value) -> list | tuple:
     return value if isinstance(value, list | tuple) else [value]
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from seaborn import FacetGrid
 
 from ..records.catalogue import comparable
-from ..records.names import FAMILIES, family_of, labels, splits
+from ..records.names import FAMILIES, family_of, labels, splits, told_apart
 from ..records.store import HEADLINE_ROWS, headline
 from . import style
 from .statistics import interval
@@ -38,7 +38,7 @@ def accuracy_curves(
         sources: results by title; the title is shown above the source's panels. Empty ones are left out.
         x: columns of the results to draw against, of "round" and "mib". y: "accuracy" or "top5_accuracy".
     """
-    sources = {title: results for title, results in sources.items() if len(results)}
+    sources = {title: told_apart(results) for title, results in sources.items() if len(results)}
     everything = pd.concat(sources.values())
     window = max(1, min(HEADLINE_ROWS, int(everything.groupby("run_id").size().max()) // 5))
     parts = {
@@ -56,6 +56,7 @@ def accuracy_curves(
 @styled
 def column_panels(results: pd.DataFrame, columns: Sequence[str], title: str) -> Figure:
     """Columns of the results against rounds, a panel each, for one setting and one partition."""
+    results = told_apart(results)
     parts = {("", name): averaged(results[results[name].notna()], "round", name) for name in columns}
     panels = _panels(parts, results)
     style.headed(panels.figure, title, f"{results['setting'].iloc[0]}; {results['split'].iloc[0]}")
@@ -67,7 +68,7 @@ def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mi
     """Accuracy of all methods of one setting and partition, a row per family as the slides sort them; FedAvg and
     FedDIP are in each, presets are left out, and so are seeds that not all methods have. Smoothed as the headline
     value is: means of the last ten rows."""
-    results = comparable(results[results["preset"] == "paper"])
+    results = told_apart(comparable(results[results["preset"] == "paper"]))
     of, always = results["method"].map(family_of), results["method"].isin(["fedavg", "feddip"])
     parts = {
         (family, name): averaged(results[(of == family) | always], name, "accuracy", HEADLINE_ROWS)
@@ -128,7 +129,7 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
     family, its bar the 95 % interval over seeds (three or more); where no method shown has one, a grey bar is
     FedDIP's. Further up and further left is better; the dotted line joins the methods that none beats in both. The
     preset `memory`, whose interval would hide the rest, is left out, and so are seeds that not all methods have."""
-    every = results[results["preset"] != "memory"]
+    every = told_apart(results[results["preset"] != "memory"])
     results = comparable(every)
     runs, rows = headline(results), splits(results)
     figure, axes = style.grid(1, len(rows), 4.2)

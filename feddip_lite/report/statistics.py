@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from ..records.catalogue import comparable, rows_choosing_masks
-from ..records.names import labels
+from ..records.names import labels, told_apart
 from ..records.store import HEADLINE_ROWS, headline
 
 
@@ -99,7 +99,7 @@ def ranking(results: pd.DataFrame) -> pd.DataFrame:
     """Final accuracy of one setting and partition: a row per method, in order of the mean over the seeds that all have,
     and a column per seed; NaN where a method lacks it. A masked upload is the same model, so it has no row of its own.
     """
-    results = results[results["changed"] != "upload"]
+    results = told_apart(results[results["changed"] != "upload"])
     accuracy, common = (by_seed(headline(some), "accuracy").T for some in (results, comparable(results)))
     return accuracy.loc[common.mean(axis=1).reindex(accuracy.index).sort_values(ascending=False).index]
 

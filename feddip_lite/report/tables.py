@@ -15,7 +15,7 @@ import yaml
 from pandas.io.formats.style import Styler
 
 from ..methods.registry import METHODS
-from ..records.names import DAGGER, labels, splits, title_of
+from ..records.names import DAGGER, labels, splits, title_of, told_apart
 from ..records.store import headline, read_run
 from .statistics import mean_of, paired, quantity
 
@@ -35,7 +35,9 @@ def captioned(frame: pd.DataFrame, caption: str) -> Styler:
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """A row per partition and method of one setting; accuracies are shares of the whole test set."""
+    """A row per partition and method; accuracies are shares of the whole test set. Runs of several settings are told
+    apart by their labels."""
+    results = told_apart(results)
     top5 = "top5_accuracy" in results and results["top5_accuracy"].notna().any()
     rows, runs = [], headline(results)
     for split in splits(results):

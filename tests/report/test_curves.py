@@ -14,12 +14,13 @@ from feddip_lite.methods import METHODS, Method
 from feddip_lite.methods.base import About
 from feddip_lite.records import catalogue
 from feddip_lite.records.catalogue import comparable, main_runs, profile_queue, recorded
-from feddip_lite.records.names import describe, labels, title_of
+from feddip_lite.records.names import describe, labels, title_of, told_apart
 from feddip_lite.records.store import headline, load_results
 from feddip_lite.report import diagrams
 from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes, column_panels, families
 from feddip_lite.report.statistics import paired
 from feddip_lite.report.style import look_of, save_figure
+from feddip_lite.report.tables import results_table
 from feddip_lite.train.run import train
 
 TWO = {**FAST, "rounds": 2}
@@ -277,3 +278,24 @@ def test_two_runs_of_one_method_and_seed_are_never_averaged(results):
     both = pd.concat([only(results, "FedAvg"), only(results, "FedAvg").assign(run_id="x")])
     with pytest.raises(ValueError, match="duplicate"):
         accuracy_curves({"Tiny": both})
+
+
+def test_settings_that_differ_between_runs_are_said_in_labels_and_only_what_all_share_in_the_title(results):
+    usual, other = only(results, "FedAvg"), only(results, "FedDIP")
+    faster = describe(other.drop(columns=["label", "split", "setting", "changed", "mib"]).assign(initial_lr=0.2))
+    mixed = pd.concat([usual, faster])
+    figure = accuracy_curves({"Tiny": mixed}, x=["round"])
+    usual_lr = usual["initial_lr"].iloc[0]
+    name = "FedDIP (initial lr 0.2)"
+    assert f"{name} (n = 3)" in legend_of(figure)
+    assert "initial lr" not in figure.get_suptitle()
+    assert name in results_table(mixed)["method (preset)"].tolist()
+    twice = pd.concat([other, faster.assign(run_id=faster["run_id"] + "x")])
+    lines = column_panels(twice, ["accuracy"], "two rates of one method")
+    assert len(legend_of(lines)) == 2 and f"{name} (n = 3)" in legend_of(lines)
+    assert usual_lr != 0.2
+    alike = told_apart(usual)
+    assert alike.equals(usual)
+    assert told_apart(
+        pd.concat([usual, results[results["preset"] == "repo"].assign(setting=usual["setting"].iloc[0] + ", x")])
+    )["label"].unique().tolist() == ["FedAvg", "FedDIP (repo; x)"]
