@@ -4,8 +4,10 @@ from ._version import __version__ as __version__
 from .config import Config
 from .core.own_model import register_model
 from .data.own import own_dataset, register_dataset
-from .records.plain_model import load_model
+from .records.plain_model import export_model, load_model
 from .records.store import load_results
 from .train.run import run
 
-__all__ = ["Config", "load_model", "load_results", "own_dataset", "register_dataset", "register_model", "run"]
+__all__ = [
+    "Config", "export_model", "load_model", "load_results", "own_dataset", "register_dataset", "register_model", "run",
+]  # fmt: skip

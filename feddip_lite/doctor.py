@@ -19,7 +19,7 @@ NEEDS = (
     "safetensors",
 )  # fmt: skip
 MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", DISTRIBUTION: "feddip_lite"}
-NOTEBOOK_TOOLS = ("papermill", "nbconvert", "ipykernel", "seaborn", "jupyterlab", "nbmake")
+NOTEBOOK_TOOLS = ("papermill", "nbconvert", "ipykernel", "seaborn", "jupyterlab", "nbmake", "onnx", "onnxruntime")
 FACTS = (
     "os", "cpu_info", "is_cuda_available", "nvidia_gpu_models", "nvidia_driver_version", "cuda_compiled_version",
     "cuda_runtime_version", "cudnn_version",

@@ -45,7 +45,8 @@ def run(
     model: object = None,
     data: object = None,
 ) -> pd.DataFrame:
-    """Run a configuration to its end and return its history: one row per evaluated round, columns `store.COLUMNS`.
+    """Run a configuration to its end and return its history: one row per evaluated round, columns `store.COLUMNS`; its
+    `attrs` hold the `run_id`.
 
     With `results_dir` the run is recorded there as `<run_id>.csv` and `.json`, with its rows so far in
     `<run_id>.partial.csv` until then; a run that is there already is returned
@@ -71,6 +72,7 @@ def run(
     line = ProgressLine(show=progress)
     history = execute(config, recording, [line, *observers], checkpoint_every=checkpoint_every)
     say_if_short(config.resolved(), history)
+    history.attrs["run_id"] = config.run_id
     return history
 
 

@@ -242,7 +242,8 @@ def test_run_on_a_full_disk_fails_and_leaves_nothing_half_written(tmp_path, monk
 
 def test_public_names():
     assert sorted(feddip_lite.__all__) == [
-        "Config", "load_model", "load_results", "own_dataset", "register_dataset", "register_model", "run",
+        "Config", "export_model", "load_model", "load_results", "own_dataset", "register_dataset", "register_model",
+        "run",
     ]  # fmt: skip
     assert all(hasattr(feddip_lite, name) for name in feddip_lite.__all__)
 

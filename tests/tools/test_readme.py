@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_setup import tool
 
 from feddip_lite.__main__ import parser
@@ -22,6 +23,8 @@ PAGES = [
     "docs/reliability.md",
     "docs/deviations.md",
     "docs/claims.md",
+    "docs/findings.md",
+    "docs/own.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 ]
@@ -34,16 +37,27 @@ COMMANDS = [
 
 
 def test_there_are_snippets_and_commands_to_check():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
     assert {"make reproduce", "make test"} <= set(COMMANDS)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with `photos`: eight of each of two kinds."""
+    for kind, shade in (("cat", 60), ("dog", 190)):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (40, 36), (shade, 3 * number, shade)).save(tmp_path / "photos" / kind / f"{number}.png")
+    return tmp_path
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet_runs(snippet, tmp_path):
-    command = [sys.executable, "-c", snippet]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+def test_snippet_runs(snippet, folder):
+    command = [sys.executable, "-c", snippet.replace("rounds=20", "rounds=2")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
+    assert (folder / "model.onnx").exists() == ("model.onnx" in snippet)
 
 
 SHOWN = """
@@ -62,7 +76,7 @@ print(results_table(runs)["method (preset)"].tolist())
 
 
 def test_the_own_method_is_in_figures_and_tables_by_its_name(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", SNIPPETS[1] + SHOWN]
+    command = [sys.executable, "-W", "error", "-c", SNIPPETS[-1] + SHOWN]
     environment = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -70,7 +84,7 @@ def test_the_own_method_is_in_figures_and_tables_by_its_name(tmp_path):
 
 
 def test_the_own_method_takes_at_most_thirty_lines():
-    assert len(SNIPPETS[1].strip().splitlines()) <= 30
+    assert len(SNIPPETS[-1].strip().splitlines()) <= 30
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python")])

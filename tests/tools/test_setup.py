@@ -49,7 +49,8 @@ def test_environment_yml_has_the_names_and_bounds_of_pyproject():
         str(Requirement(item)) for item in listed if isinstance(item, str) and item != "pip" and "python=" not in item
     }
     assert conda == {
-        f"{CONDA_NAMES.get(need.name, need.name)}{need.specifier}" for need in requirements("notebooks", "dev")
+        f"{CONDA_NAMES.get(need.name, need.name)}{need.specifier}"
+        for need in requirements("notebooks", "dev", "onnx", "tensorboard")
     }
 
 
