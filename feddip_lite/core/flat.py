@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .autograd import Autograd
 from .cache import once_per_tensor
+from .linear import Linear
 
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 SEQUENTIAL = nn.RNNBase | nn.MultiheadAttention
@@ -191,6 +192,9 @@ class FlatModel:
         for slot in layout.buffer_slots:
             slot.of(self.buffers).copy_(statistics[slot.name])
             statistics[slot.name].data = slot.of(self.buffers)
+        for layer in module.modules():
+            if isinstance(layer, Linear) and layer.weight.requires_grad:
+                layer.bound = True
         self.kernels = Autograd(self.module, self.gradient)
         self.pause = lambda: None
         self.draws = False

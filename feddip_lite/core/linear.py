@@ -21,8 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, by oneDNN where it helps. Bound to a flat gradient, it writes its own gradients there instead of
-    adding to them, which spares a vector as long as its weight; elsewhere it is differentiable like any other."""
+    """`nn.Linear`, by oneDNN where it helps. `bound` to a flat gradient (by `FlatModel`), it writes its own gradients
+    there instead of adding to them, which spares a vector as long as its weight; elsewhere it is differentiable like
+    any other."""
+
+    bound = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -33,9 +36,9 @@ class Linear(nn.Linear):
 
 
 def stores_gradients(layer: nn.Module) -> bool:
-    """Whether the layer's backward overwrites its gradients: a `Linear` on a CPU with gradients to write to."""
+    """Whether the layer's backward overwrites its gradients: a bound `Linear` on a CPU."""
     autocast = torch.is_autocast_enabled("cpu")
-    return isinstance(layer, Linear) and layer.weight.grad is not None and layer.weight.is_cpu and not autocast
+    return isinstance(layer, Linear) and layer.bound and layer.weight.is_cpu and not autocast
 
 
 class _StoringLinear(torch.autograd.Function):

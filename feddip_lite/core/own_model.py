@@ -98,6 +98,16 @@ def fingerprint(make: Make, module: nn.Module) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def takes_one_image(module: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the module can train on a batch of one image; BatchNorm may not. It stays as it is."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            deepcopy(module).train()(torch.zeros(1, *image_shape))
+        except Exception:  # whatever a model of one's own may raise
+            return False
+    return True
+
+
 def check_model(name: str, module: nn.Module, layout: Layout, image_shape: tuple[int, int, int], classes: int) -> bool:
     """Refuse a model that cannot be trained; returns whether it draws from PyTorch's global generator (dropout).
 

@@ -153,7 +153,11 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     if sum(member.file_size for member in members) > MAX_NPZ_BYTES:
         raise ValueError(f"unpacks to more than {MAX_NPZ_BYTES} bytes")
     with np.load(path, allow_pickle=False) as archive:
-        return {key: np.asarray(archive[key]) for key in KEYS}  # a member that numpy does not know comes as its bytes
+        found = {key: np.asarray(archive[key]) for key in KEYS}  # a member that numpy does not know comes as its bytes
+    for key, array in found.items():
+        integers = key.endswith("labels") and array.dtype.kind in "iu" and array.size
+        found[key] = array.astype(np.uint8) if integers and 0 <= array.min() <= array.max() < 256 else array
+    return found
 
 
 def _looks_like(path: Path) -> str:

@@ -26,10 +26,7 @@ def fingerprints(config: Config, data: Dataset) -> dict[str, str]:
     found = {"data": data.sha256}
     if (own := own_model(config.model)) is not None:
         found["model"] = fingerprint(own.make, build_model(config.model, **fitting(data, config)[1]))
-    method = METHODS[config.method]
-    if not method.__module__.startswith("feddip_lite."):
-        found["method"] = _source_sha256(method)
-    return found
+    return found | _own_method(config)
 
 
 def refuse_other(path: Path, config: Config, record: Mapping) -> None:
@@ -45,7 +42,7 @@ def refuse_other(path: Path, config: Config, record: Mapping) -> None:
     if needs_data and config.model in MODELS and config.dataset in DATASETS:
         here = fingerprints(config, load_dataset(config.dataset))
     else:
-        here = {"data": _data_sha256(config.dataset)}
+        here = {"data": _data_sha256(config.dataset), **_own_method(config)}
     refuse_differing(path, "recorded", there, here, "use another results folder, or another name")
 
 
@@ -57,6 +54,11 @@ def refuse_differing(path: Path, what: str, there: Mapping, here: Mapping, remed
             raise ValueError(
                 f"{path}: {what} with {words} ({there[name][:12]}... there, {here[name][:12]}... here); {remedy}"
             )
+
+
+def _own_method(config: Config) -> dict[str, str]:
+    method = METHODS[config.method]
+    return {} if method.__module__.startswith("feddip_lite.") else {"method": _source_sha256(method)}
 
 
 def _data_sha256(name: str) -> str | None:

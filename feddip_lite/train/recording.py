@@ -67,6 +67,7 @@ def facts_of(run: Run) -> dict:
         precision=run.config.precision,
         data={"source": data.source, "variant": data.variant, "sha256": data.sha256, **about},
         **({"own": own} if own else {}),
+        weights={"all": run.method.layout.size, "prunable": run.method.layout.prunable},
         **clients.facts(),
         state_sha256={
             **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},

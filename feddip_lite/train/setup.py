@@ -15,7 +15,7 @@ from ..core.autograd import Autograd
 from ..core.errors import Note
 from ..core.flat import FlatModel, Layout
 from ..core.models import INPUT_SHAPES, build_model, empty_model, num_stages
-from ..core.own_model import check_model, own_model
+from ..core.own_model import check_model, own_model, takes_one_image
 from ..core.seeds import derive, numpy_generator, torch_generator
 from ..core.state import ServerState
 from ..data.datasets import Dataset, as_published, fit_images, hold_out, load_dataset, normalise
@@ -82,7 +82,7 @@ def prepare(
         return model
 
     module = build()
-    draws = own_model(config.model) is not None and check_own(module, data, config)
+    draws = own_model(config.model) is not None and check_own(module, data, split, config)
     layout = layout_of(module, config, tuple(data.train_images.shape[1:]))
     reference = torch.from_numpy(kept)
     images = normalise(data.train_images[reference], data).to(device)
@@ -113,13 +113,20 @@ def fitting(data: Dataset, config: Config) -> tuple[Dataset, dict]:
     return data, {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
 
 
-def check_own(module: nn.Module, data: Dataset, config: Config) -> bool:
-    """Refuse a model of one's own that cannot be trained, and warn of one of which little can be pruned. Returns
-    whether it draws from the global generator (`own_model.check_model`)."""
+def check_own(module: nn.Module, data: Dataset, split: Split, config: Config) -> bool:
+    """Refuse a model of one's own that cannot be trained, or not on a client's last batch, and warn of one of which
+    little can be pruned. Returns whether it draws from the global generator (`own_model.check_model`)."""
     if config.width != 1 and not own_model(config.model).takes_width:
         raise ValueError(f"width: {config.width:g} is not valid; expected 1, since model {config.model!r} takes none")
     layout = Layout.of(module)
     draws = check_model(config.model, module, layout, tuple(data.train_images.shape[1:]), data.classes)
+    single = [client for client, shard in enumerate(split.train) if len(shard) % config.batch_size == 1]
+    if single and not takes_one_image(module, tuple(data.train_images.shape[1:])):
+        count = len(split.train[single[0]])
+        raise ValueError(
+            f"batch_size: {config.batch_size} leaves client {single[0]}, who has {count} training samples, a last batch "
+            f"of one, which model {config.model!r} cannot train on (BatchNorm needs two); expected another size"
+        )
     share = layout.prunable / layout.size
     if share < 0.5:
         warnings.warn(

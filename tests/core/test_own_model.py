@@ -4,14 +4,20 @@ import copy
 
 import pytest
 import torch
-from conftest import same_history, tiny_config
+from conftest import interrupted, same_history, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
-from feddip_lite import run
+from feddip_lite import load_model, run
+from feddip_lite.core.errors import Note
 from feddip_lite.core.flat import FlatModel, Layout, uses_per_sample
 from feddip_lite.core.models import MODELS, build_model, stock
 from feddip_lite.core.own_model import OwnModel, check_model, fingerprint, own_model, register_model
+from feddip_lite.data.datasets import normalise
+from feddip_lite.methods import METHODS
+from feddip_lite.methods.fedavg import FedAvg
+from feddip_lite.records.store import read_run
+from feddip_lite.studies.cost.export import sparse_model
 from feddip_lite.train.observe import LastState
 
 RUN = {"clients": 6, "clients_per_round": 3, "rounds": 2, "mask_interval": 1, "batch_size": 64, "width": 1.0}
@@ -223,3 +229,106 @@ def test_stock_layers_compute_what_ours_do():
     assert {type(layer) for layer in plain.modules()} <= {type(plain), nn.Conv2d, nn.Linear, nn.Dropout}
     assert plain.state_dict().keys() == ours.state_dict().keys()
     torch.testing.assert_close(plain(images), ours(images))
+
+
+def test_a_recurrent_model_is_as_sparse_as_it_says(tmp_path):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(28, 32, batch_first=True), nn.Linear(32, 10)
+
+        def forward(self, x):
+            return self.head(self.lstm(x.squeeze(1))[0][:, -1])
+
+    config = tiny_config(method="fedmap", target_sparsity=0.9, final_prune=True, **RUN)
+    history = run(config, model=Reader, results_dir=tmp_path, progress=False)
+    module = load_model(tmp_path, history.attrs["run_id"], Reader)
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    zeros, count = sum(int((p == 0).sum()) for p in weights), sum(p.numel() for p in weights)
+    assert zeros == round(0.9 * count) and history["sparsity"].iloc[-1] == zeros / count
+    (_, record) = read_run(tmp_path, history.attrs["run_id"])
+    total = sum(p.numel() for p in module.parameters())
+    assert record["provenance"]["weights"] == {"all": total, "prunable": count}
+
+
+def test_a_note_says_if_little_of_a_model_can_be_pruned():
+    class Wordy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(300, 20), nn.Linear(20, 10)
+
+        def forward(self, x):
+            return self.head(self.words(x.flatten(1)[:, :5].long()).mean(1))
+
+    with pytest.warns(Note, match="3.2 % of its 6210 weights are prunable; a sparsity is one of these alone"):
+        run(tiny_config(**RUN), model=Wordy, progress=False)
+
+
+@pytest.mark.parametrize("batch_size", [15, 16])
+def test_a_last_batch_of_one_that_batchnorm_cannot_take_is_refused_before_anything_is_trained(batch_size):
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    images, labels = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 4
+    data = images[:32], labels[:32], images[32:], labels[32:]
+    config = tiny_config(**{**RUN, "clients": 2, "clients_per_round": 2, "batch_size": batch_size})
+    if batch_size == 16:
+        assert len(run(config, model=make, data=data, progress=False)) == 2
+        return
+    with pytest.raises(
+        ValueError, match="batch_size: 15 leaves client 0, who has 16 training samples, a last batch of"
+    ):
+        run(config, model=make, data=data, progress=False)
+
+
+def first(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+def second(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Tanh(), nn.Linear(8, classes))
+
+
+def test_another_model_behind_a_name_is_refused_by_run_and_resume(tmp_path):
+    register_model("mine", first)
+    config = tiny_config(**{**RUN, "rounds": 3}, model="mine")
+    interrupted(config, tmp_path, stops=1)
+    register_model("mine", second)
+    with pytest.raises(ValueError, match="a run with another model of this name .*; delete it to start the run again"):
+        run(config, results_dir=tmp_path, progress=False)
+    register_model("mine", first)
+    whole = run(config, results_dir=tmp_path, progress=False)
+    assert same_history(whole, run(config, progress=False))
+    register_model("mine", second)
+    with pytest.raises(ValueError, match="recorded with another model of this name .*; use another results folder"):
+        run(config, results_dir=tmp_path, progress=False)
+
+
+def test_another_method_behind_a_name_is_refused(tmp_path, monkeypatch):
+    class Mine(FedAvg):
+        pass
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    config = tiny_config(**{**RUN, "mask_interval": None}, method="mine")
+    run(config, results_dir=tmp_path, progress=False)
+    run(config, results_dir=tmp_path, progress=False)
+
+    class Mine(FedAvg):
+        """Another."""
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    with pytest.raises(ValueError, match="recorded with another method of this name"):
+        run(config, results_dir=tmp_path, progress=False)
+
+
+def test_what_is_handed_out_adds_gradients_up(federation):
+    state, clients, _ = federation(tiny_config())
+    data, config = clients.data, tiny_config()
+    images, labels = normalise(data.train_images[:32], data), data.train_labels[:32]
+    gradients = []
+    for pieces in (1, 2):
+        module = sparse_model(state, data, config)
+        for x, y in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
+            (F.cross_entropy(module(x), y) / pieces).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*gradients)

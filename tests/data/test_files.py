@@ -129,7 +129,8 @@ def test_sidecar_that_does_not_match_is_refused(tmp_path, words):
 
 BAD_ARRAYS = {
     "labels out of range": ({"train_labels": np.full(6, 10, np.uint8)}, "train_labels must lie in [0, 10)"),
-    "labels as int64": ({"test_labels": np.array([3, 9])}, "test_labels must be uint8, got int64"),
+    "labels as float": ({"test_labels": np.array([3.0, 9.0])}, "test_labels must be uint8, got float64"),
+    "labels below 0": ({"test_labels": np.array([3, -1])}, "test_labels must be uint8, got int64"),
     "images as float": ({"train_images": np.full((6, 32, 32, 3), np.nan)}, "train_images must be uint8, got float64"),
     "channels first": ({"test_images": np.zeros((2, 3, 32, 32), np.uint8)}, "test_images must have shape"),
     "no images": ({"train_images": np.zeros((0, 32, 32, 3), np.uint8)}, "N >= 1"),

@@ -274,3 +274,30 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform ==
 def test_fifty_clients_of_lenet5_on_fashion_mnist_stay_below_one_and_a_half_gigabytes():
     done = subprocess.run([sys.executable, "-c", MEMORY], env=environment(), capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1.5e9
+
+
+@pytest.mark.parametrize("line_ends", ["true", "input", "false"])
+def test_records_are_whole_in_a_clone_that_changes_line_ends(tmp_path, line_ends):
+    """As on Windows, where git turns the line ends of text files by default."""
+    settings = ["-c", f"core.autocrlf={line_ends}", "-c", "core.eol=crlf"]
+    source = tmp_path / "source"
+    (source / "results").mkdir(parents=True)
+    run(tiny_config(**FAST), results_dir=source / "results", progress=False)
+    (source / ".gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "records"]):
+        subprocess.run(["git", *settings, *command], cwd=source, check=True, capture_output=True)
+    command = ["git", *settings, "clone", "-q", str(source), str(tmp_path / "clone")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert load_results(tmp_path / "clone" / "results").equals(load_results(source / "results"))
+
+
+def test_what_git_can_restore_is_never_advised_to_be_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr("feddip_lite.records.store.ROOT", tmp_path)
+    for folder, said in (("results/lite", "`git checkout -- "), ("build", "delete it to run again")):
+        run_id = save(tmp_path / folder)
+        (tmp_path / folder / f"{run_id}.json").write_text("{}")
+        with pytest.raises(ValueError, match="damaged result") as caught:
+            read_run(tmp_path / folder, run_id)
+        assert said in str(caught.value)
+        assert ("delete" in str(caught.value)) == (folder == "build")

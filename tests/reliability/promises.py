@@ -15,6 +15,7 @@ sys.path += [str(path) for path in (Path(__file__).parents[1], *Path(__file__).p
 import test_checkpoint
 import test_cli
 import test_config
+import test_curves
 import test_damage
 import test_divergence
 import test_failures
@@ -24,6 +25,10 @@ import test_fuzz
 import test_long_run
 import test_message
 import test_notebook_failures
+import test_observe
+import test_own
+import test_own_model
+import test_plain_model
 import test_profiles
 import test_rename_records
 import test_resume
@@ -122,8 +127,10 @@ PROMISES = {
             ),
         ),
         Promise(
-            "No pickle is ever run: not in a checkpoint, a result or a data file.",
+            "No pickle is ever run, not in a checkpoint, a result or a data file, but CIFAR's own files once each has "
+            "the published MD5.",
             {
+                test_files.test_torchvisions_cifar_folder_is_read_if_every_file_has_its_published_md5: 1,
                 test_damage.test_checkpoint_that_is_not_ours_is_refused_and_nothing_in_it_is_run: 1,
                 test_damage.test_result_that_is_a_pickle_is_refused_and_not_run: 1,
                 test_damage.test_pickle_in_a_data_file_is_not_run: 1,
@@ -240,6 +247,89 @@ PROMISES = {
                 test_notebook_failures.test_failing_notebook_ends_the_run_and_is_kept,
                 test_setup.test_a_failing_notebook_is_named_kept_and_shown_and_ends_the_run,
                 test_together.test_make_reproduce_fails_where_the_notebooks_do,
+            ),
+        ),
+    ],
+    "A name never stands for something else": [
+        Promise(
+            "Other data, another model or another method behind the same name is refused, with the fingerprints of "
+            "both, by a run that is recorded and by one that would go on; what has no name is called by its "
+            "fingerprint. Results are read without data or models.",
+            one(
+                test_own.test_a_registered_name_stands_for_its_data_and_other_data_behind_it_is_refused,
+                test_own.test_a_run_on_own_data_is_told_apart_by_it_and_found_again,
+                test_own_model.test_another_model_behind_a_name_is_refused_by_run_and_resume,
+                test_own_model.test_another_method_behind_a_name_is_refused,
+                test_own_model.test_fingerprint_tells_structure_source_freezing_and_given_weights_apart_and_nothing_else,
+            ),
+        ),
+        Promise(
+            "Settings that differ between the runs of a figure or table are said in the labels; two runs of one label "
+            "and seed are never averaged.",
+            one(
+                test_curves.test_settings_that_differ_between_runs_are_said_in_labels_and_only_what_all_share_in_the_title,
+                test_curves.test_two_runs_of_one_method_and_seed_are_never_averaged,
+            ),
+        ),
+        Promise(
+            "Line ends of a checkout never damage a record, and nothing that git can restore is advised to be deleted.",
+            one(
+                test_store.test_records_are_whole_in_a_clone_that_changes_line_ends,
+                test_store.test_what_git_can_restore_is_never_advised_to_be_deleted,
+            ),
+        ),
+    ],
+    "Your own model and data": [
+        Promise(
+            "Any torch module gives the same bits for any number of workers, whatever it draws from PyTorch's "
+            "generator, which is afterwards as it was.",
+            one(
+                test_own_model.test_random_layers_draw_the_same_for_any_number_of_workers_and_the_global_generator_stays_as_it_was,
+                test_own_model.test_a_model_that_draws_is_recognised_and_left_alone,
+            ),
+        ),
+        Promise(
+            "Weights of all convolutions, linear, recurrent and attention layers are prunable; a shared tensor is one; "
+            "what is frozen stays to the bit; the record says how much of the model is prunable, and a note if it is "
+            "little.",
+            one(
+                test_own_model.test_weights_of_all_convolutions_linear_recurrent_and_attention_layers_are_prunable_and_nothing_else,
+                test_own_model.test_a_recurrent_model_is_as_sparse_as_it_says,
+                test_own_model.test_a_shared_tensor_is_one_and_stays_one,
+                test_own_model.test_frozen_parameters_have_no_place_and_stay_to_the_bit,
+                test_own_model.test_a_note_says_if_little_of_a_model_can_be_pruned,
+            ),
+        ),
+        Promise(
+            "A model that cannot work, and data that cannot be used, is refused in one line before anything is "
+            "trained.",
+            one(
+                test_own_model.test_a_model_that_cannot_work_is_one_line,
+                test_own_model.test_a_last_batch_of_one_that_batchnorm_cannot_take_is_refused_before_anything_is_trained,
+                test_own_model.test_width_of_a_model_without_one_is_refused,
+                test_own.test_what_cannot_be_used_is_one_line,
+                test_own.test_what_is_no_data_at_all_is_refused,
+                test_own.test_black_and_white_and_palettes_are_converted_and_what_would_lose_something_is_refused,
+            ),
+        ),
+        Promise(
+            "The model that a run leaves is plain PyTorch, with the zeros and the accuracy of the record, and so is "
+            "every file it is exported to (safetensors, torch.export, ONNX).",
+            one(
+                test_plain_model.test_zeros_and_accuracy_are_the_records_and_all_layers_pytorchs,
+                test_plain_model.test_every_file_computes_what_the_model_does_for_any_number_of_images,
+                test_plain_model.test_a_model_and_data_of_ones_own_come_back_with_what_made_them,
+                test_plain_model.test_two_small_batches_give_the_gradient_of_one_large_batch,
+                test_own_model.test_what_is_handed_out_adds_gradients_up,
+            ),
+        ),
+        Promise(
+            "A run that stays below its target sparsity, or whose epochs are single steps, says so and why; an "
+            "interrupted one says what is left of it; rows are in a file as they come.",
+            one(
+                test_cli.test_a_run_that_stays_below_its_target_or_steps_once_an_epoch_says_so_and_a_final_prune_reaches_it,
+                test_cli.test_an_interrupted_run_says_what_is_left_of_it,
+                test_observe.test_rows_are_in_a_file_as_they_come_and_the_file_goes_with_the_end,
             ),
         ),
     ],
