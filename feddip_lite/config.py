@@ -156,7 +156,9 @@ class Config:
 def is_known(values: Mapping[str, Any]) -> bool:
     """Whether method, model and data set of a stored configuration are known in this process."""
     named = ((MODELS, "model"), (DATASETS, "dataset"))
-    return values["method"] in METHODS and all(is_registered(values[name], names) for names, name in named)
+    return values["method"] in METHODS and all(
+        name not in values or is_registered(values[name], names) for names, name in named
+    )
 
 
 FIELDS = {item.name for item in fields(Config)}

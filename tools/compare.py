@@ -22,7 +22,7 @@ MIN_SEEDS = 3
 ROUNDING = 1e-9  # runs that agree to the bit have an interval of width zero; their own value must count as inside
 NOT_THE_EXPERIMENT = UNHASHED | {"seed"}  # who ran it where, not what was run
 
-Run = tuple[str, int, float]  # run id, seed, accuracy
+Run = tuple[str, int, float, dict]  # run id, seed, accuracy, and what it came from
 Groups = dict[str, list[Run]]
 
 
@@ -41,9 +41,18 @@ def load(folder: Path) -> Groups:
         if "final" not in run:
             raise ValueError(f"{path}: no record of `run` or `sweep`, which alone have a final accuracy to compare")
         accuracy = run["final"][f"mean_last_{HEADLINE_ROWS}"]["accuracy"]
-        entry = (run["run_id"], run["config"]["seed"], math.nan if accuracy is None else accuracy)
+        entry = (run["run_id"], run["config"]["seed"], math.nan if accuracy is None else accuracy, came_from(run))
         groups.setdefault(json.dumps(config, sort_keys=True), []).append(entry)
     return {key: sorted(runs, key=lambda run: run[1]) for key, runs in groups.items()}
+
+
+def came_from(run: dict) -> dict[str, str]:
+    """What made a run's numbers, beside its configuration: variant and checksum of its data, its own model or method,
+    and torch."""
+    facts = run["provenance"]
+    data, own = facts.get("data", {}), facts.get("own", {})
+    words = f"{data.get('variant', '?')} {data.get('sha256', '?')[:12]}"
+    return {"data": words, **{name: sha256[:12] for name, sha256 in own.items()}, "torch": facts.get("torch", "?")}
 
 
 def interval(accuracies: list[float]) -> tuple[float, float] | None:
@@ -70,12 +79,12 @@ def compare(recorded: Groups, fresh: Groups) -> tuple[list[str], int, int]:
     """One line per fresh run and per gap; returns (lines, runs compared, runs outside)."""
     lines, compared, outside = [], 0, 0
     for key in sorted(recorded.keys() & fresh.keys(), key=title):
-        bounds = interval([accuracy for _, _, accuracy in recorded[key]])
-        whole = [accuracy for _, _, accuracy in recorded[key] if not math.isnan(accuracy)]
-        broken = {seed for _, seed, accuracy in recorded[key] if math.isnan(accuracy)}
+        bounds = interval([accuracy for _, _, accuracy, _ in recorded[key]])
+        whole = [accuracy for _, _, accuracy, _ in recorded[key] if not math.isnan(accuracy)]
+        broken = {seed for _, seed, accuracy, _ in recorded[key] if math.isnan(accuracy)}
         mean = math.fsum(whole) / len(whole) if whole else math.nan
-        lines.append(f"{title(key)}: recorded {', '.join(f'{accuracy:.4f}' for _, _, accuracy in recorded[key])}")
-        for run_id, seed, accuracy in fresh[key]:
+        lines.append(f"{title(key)}: recorded {', '.join(f'{accuracy:.4f}' for _, _, accuracy, _ in recorded[key])}")
+        for run_id, seed, accuracy, facts in fresh[key]:
             compared += 1
             verdict = f"no verdict, n = {len(whole)}"
             if math.isnan(accuracy) and seed in broken:
@@ -85,9 +94,13 @@ def compare(recorded: Groups, fresh: Groups) -> tuple[list[str], int, int]:
                 outside += not inside
                 verdict = f"{'inside' if inside else 'OUTSIDE'} [{bounds[0]:.4f}, {bounds[1]:.4f}]"
             lines.append(f"  {run_id} seed {seed}: {accuracy:.4f}, {accuracy - mean:+.4f} against the mean, {verdict}")
-    known = {run_id for runs in fresh.values() for run_id, _, _ in runs}
+            for name, here in facts.items():
+                there = sorted({each.get(name, "none") for *_, each in recorded[key]})
+                if there != [here]:
+                    lines.append(f"    other {name}: {here}; recorded {', '.join(there)}")
+    known = {run_id for runs in fresh.values() for run_id, *_ in runs}
     lines += [f"recorded only: {name}" for name in _missing(recorded, known)]
-    known = {run_id for runs in recorded.values() for run_id, _, _ in runs}
+    known = {run_id for runs in recorded.values() for run_id, *_ in runs}
     lines += [f"fresh only: {name}" for name in _missing(fresh, known)]
     return lines, compared, outside
 
@@ -96,7 +109,7 @@ def _missing(groups: Groups, known: set[str]) -> list[str]:
     return [
         f"{title(key)} seed {seed} ({run_id})"
         for key, runs in sorted(groups.items(), key=lambda item: title(item[0]))
-        for run_id, seed, _ in runs
+        for run_id, seed, *_ in runs
         if run_id not in known
     ]
 

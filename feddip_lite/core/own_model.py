@@ -94,7 +94,7 @@ def fingerprint(make: Make, module: nn.Module) -> str:
         parts.append(sha256_of({name: t for name, t in module.state_dict().items() if t.dim()}))
     elif make not in kinds:
         sources.append(make)
-    parts += [_source(each) for each in sources]
+    parts += [source_of(each) for each in sources]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -147,8 +147,25 @@ def _name(make: Make) -> str:
     return getattr(make, "__name__", type(make).__name__)
 
 
-def _source(of) -> str:
+def source_of(kind: Callable) -> str:
+    """The source of a function, or of a class: its functions and plain values, and those of its bases that are neither
+    PyTorch's nor this package's. Of what was typed in where no source is kept, the byte code."""
+    if not inspect.isclass(kind):
+        return _text(kind)
+    parts = []
+    for each in kind.__mro__:
+        if not each.__module__.startswith(("torch.", "feddip_lite.", "builtins")):
+            parts += [each.__qualname__, *(_text(value, name) for name, value in vars(each).items())]
+    return "\n".join(parts)
+
+
+def _text(value: object, name: str = "") -> str:
+    inner = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+    if isinstance(value, int | float | str | tuple | None) and not name.startswith("__"):
+        return f"{name} = {value!r}"
+    if not hasattr(inner, "__code__"):
+        return name
     try:
-        return inspect.getsource(of)
-    except (OSError, TypeError):  # typed in, or built in
-        return _name(of)
+        return inspect.getsource(inner)
+    except (OSError, TypeError):  # typed in; what `dataclass` makes follows from the rest
+        return name if name.startswith("__") else f"{name} {inner.__code__.co_code.hex()} {inner.__code__.co_consts}"

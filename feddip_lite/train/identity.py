@@ -6,7 +6,6 @@ A name says nothing of what is behind it. So records and checkpoints hold finger
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..core.models import MODELS, build_model
-from ..core.own_model import OwnModel, fingerprint, own_model
+from ..core.own_model import OwnModel, fingerprint, own_model, source_of
 from ..data.datasets import DATASETS, Dataset, load_dataset
 from ..data.files import files_here
 from ..methods.registry import METHODS
@@ -58,7 +57,11 @@ def refuse_differing(path: Path, what: str, there: Mapping, here: Mapping, remed
 
 def _own_method(config: Config) -> dict[str, str]:
     method = METHODS[config.method]
-    return {} if method.__module__.startswith("feddip_lite.") else {"method": _source_sha256(method)}
+    return (
+        {}
+        if method.__module__.startswith("feddip_lite.")
+        else {"method": hashlib.sha256(source_of(method).encode()).hexdigest()}
+    )
 
 
 def _data_sha256(name: str) -> str | None:
@@ -74,14 +77,6 @@ def _data_sha256(name: str) -> str | None:
 @lru_cache(maxsize=16)
 def _sha256_of_files(name: str, root: Path, state: tuple) -> str:
     return load_dataset(name, root).sha256
-
-
-def _source_sha256(kind: type) -> str:
-    try:
-        text = inspect.getsource(kind)
-    except (OSError, TypeError):  # typed in
-        text = kind.__qualname__
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def known_model(make: object, config: Config, data: Dataset) -> str:

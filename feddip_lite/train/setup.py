@@ -124,8 +124,8 @@ def check_own(module: nn.Module, data: Dataset, split: Split, config: Config) ->
     if single and not takes_one_image(module, tuple(data.train_images.shape[1:])):
         count = len(split.train[single[0]])
         raise ValueError(
-            f"batch_size: {config.batch_size} leaves client {single[0]}, who has {count} training samples, a last batch "
-            f"of one, which model {config.model!r} cannot train on (BatchNorm needs two); expected another size"
+            f"batch_size: {config.batch_size} leaves client {single[0]}, who has {count} training samples, a last "
+            f"batch of one; model {config.model!r} cannot train on it (BatchNorm needs two); choose another batch_size"
         )
     share = layout.prunable / layout.size
     if share < 0.5:

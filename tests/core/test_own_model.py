@@ -12,7 +12,7 @@ from feddip_lite import load_model, run
 from feddip_lite.core.errors import Note
 from feddip_lite.core.flat import FlatModel, Layout, uses_per_sample
 from feddip_lite.core.models import MODELS, build_model, stock
-from feddip_lite.core.own_model import OwnModel, check_model, fingerprint, own_model, register_model
+from feddip_lite.core.own_model import OwnModel, check_model, fingerprint, own_model, register_model, source_of
 from feddip_lite.data.datasets import normalise
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
@@ -222,6 +222,29 @@ def test_fingerprint_tells_structure_source_freezing_and_given_weights_apart_and
     assert fingerprint(same, same) != prints[2]
 
 
+def test_source_tells_methods_values_and_own_bases_of_a_class_apart():
+    def make(strength, text):
+        class Base:
+            def step(self):
+                return 1
+
+        if text:
+
+            class Base:
+                def step(self):
+                    return 2
+
+        class Mine(Base, nn.Module):
+            rate = strength
+
+        return Mine
+
+    sources = [source_of(make(strength, text)) for strength in (0.1, 0.2) for text in (True, False)]
+    assert len({*sources}) == 4
+    assert source_of(make(0.1, True)) == sources[0]
+    assert source_of(eval("lambda x: x + 1")) != source_of(eval("lambda x: x + x"))
+
+
 def test_stock_layers_compute_what_ours_do():
     ours = build_model("alexnet", classes=10, width=0.1, channels=3, size=32).eval()
     images = torch.rand(3, 3, 32, 32)
@@ -314,7 +337,8 @@ def test_another_method_behind_a_name_is_refused(tmp_path, monkeypatch):
     run(config, results_dir=tmp_path, progress=False)
 
     class Mine(FedAvg):
-        """Another."""
+        def penalty(self, t):
+            return 1.0
 
     monkeypatch.setitem(METHODS, "mine", Mine)
     with pytest.raises(ValueError, match="recorded with another method of this name"):

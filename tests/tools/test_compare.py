@@ -15,7 +15,7 @@ TOOL = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
 
 
-def record(folder, accuracies, first_seed=0, **config):
+def record(folder, accuracies, first_seed=0, provenance=None, **config):
     folder.mkdir(exist_ok=True)
     for seed, accuracy in enumerate(accuracies, first_seed):
         run = {"method": "feddip", "rounds": 200, "device": "cpu", "seed": seed, **config}
@@ -23,7 +23,7 @@ def record(folder, accuracies, first_seed=0, **config):
         final = {"last": {}, "mean_last_10": {"accuracy": accuracy}, "best_accuracy": 1.0}
         table = b"round,accuracy\n0,0.5\n"
         sha256 = hashlib.sha256(table).hexdigest()
-        rest = {"final": final, "provenance": {}, "skipped": [], "csv_sha256": sha256}
+        rest = {"final": final, "provenance": provenance or {}, "skipped": [], "csv_sha256": sha256}
         text = json.dumps({"run_id": run_id, "config": run, **rest}, indent=1).removesuffix("\n}").encode()
         (folder / f"{run_id}.csv").write_bytes(table)
         (folder / f"{run_id}.json").write_bytes(sealed(text))
@@ -116,3 +116,15 @@ def test_a_record_of_something_else_than_a_run_is_named(tmp_path, capsys):
     path.write_bytes(sealed(json.dumps(other, indent=1).removesuffix("\n}").encode()))
     assert compare(tmp_path) == 2
     assert f"{path}: no record of `run` or `sweep`" in capsys.readouterr().err
+
+
+def test_what_runs_came_from_is_compared_and_said_and_nothing_is_refused(tmp_path, capsys):
+    packed, official = (
+        {"data": {"variant": name, "sha256": name[0] * 64}, "torch": "2"} for name in ("packed", "official")
+    )
+    record(tmp_path / "recorded", [0.80, 0.82, 0.84], provenance=packed)
+    record(tmp_path / "fresh", [0.81], provenance={**official, "own": {"model": "f" * 64}})
+    assert compare(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert f"other data: official {'o' * 12}; recorded packed {'p' * 12}" in out
+    assert f"other model: {'f' * 12}; recorded none" in out and "other torch" not in out
