@@ -15,6 +15,7 @@ from .config import Config
 from .core.errors import FAILED, ClientFailure, Diverged, Held, Note, OutOfTime, guarded, is_divergence
 from .core.settings import integer, read_value, real, refuse_unknown
 from .methods.registry import METHODS, options_in_words, options_of, options_of_all
+from .plugins import load_plugins
 from .records.plain_model import export_model
 from .records.profiles import load_profile
 from .records.store import ROOT, read_run
@@ -80,6 +81,11 @@ def parser() -> Parser:
     out.add_argument("--results", metavar="DIR", default="build/results", help="default: %(default)s")
     out.add_argument("--to", metavar="FILE", required=True, help="ends in .onnx, .pt2 (torch.export) or .safetensors")
     check = commands.add_parser("doctor", help="versions, devices, data sets, disk: what works here")
+    for command in (one, many, listed, out):
+        command.add_argument(
+            "--plugin", metavar="MODULE", action="append", default=[],
+            help="imported first: it registers models, data or methods of your own",
+        )  # fmt: skip
     top.commands = {"run": one, "sweep": many, "methods": listed, "export": out, "doctor": check}
     return top
 
@@ -106,6 +112,7 @@ def _command(arguments: list[str] | None) -> int:
     given = parser().parse_args(arguments)
     if given.command == "doctor":
         return doctor.main()
+    load_plugins(given.plugin)
     if given.command == "methods":
         path = ROOT / "params" / "methods.yaml"  # in a checkout
         sources = yaml.safe_load(path.read_text()) if path.exists() else {}

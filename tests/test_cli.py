@@ -11,7 +11,9 @@ from conftest import FAST, environment, flags, names, read_outputs, record_files
 
 from feddip_lite.__main__ import main
 from feddip_lite.config import FIELDS
+from feddip_lite.core.models import MODELS
 from feddip_lite.core.sparsity import num_kept
+from feddip_lite.data.datasets import DATASETS
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.registry import options_of, settings_of
 from feddip_lite.records.profiles import load_profile
@@ -312,3 +314,31 @@ def test_an_interrupted_run_says_what_is_left_of_it(tmp_path, monkeypatch, capsy
     assert main(arguments) == 130
     left = f"goes on from the checkpoint after {rounds} of 4 rounds" if rounds else "begins again: no checkpoint yet"
     assert read_outputs(capsys)[1] == [f"python -m feddip_lite: interrupted; the same command {left}"]
+
+
+def test_a_plugin_registers_models_and_data_for_the_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine_to_plug.py").write_text(
+        "import torch, feddip_lite\n"
+        "images, labels = torch.randint(0, 256, (80, 1, 12, 12), dtype=torch.uint8), torch.arange(80) % 4\n"
+        "feddip_lite.register_dataset('mine', lambda: (images[:60], labels[:60], images[60:], labels[60:]))\n"
+        "make = lambda classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, classes))\n"
+        "feddip_lite.register_model('flat', make)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("FEDDIP_PLUGINS", "")
+    results = f"--results={tmp_path / 'results'}"
+    own = ["--dataset=mine", "--model=flat", "--rounds=2", "--clients=3", "--clients-per-round=2", results]
+    before = dict(MODELS), dict(DATASETS)
+    try:
+        assert main(["run", *own]) == 2
+        assert "dataset: 'mine' is not valid" in read_outputs(capsys)[1][0]
+        assert main(["run", "--plugin=mine_to_plug", "--quiet", *own]) == 0
+        (run_id,) = {path.stem for path in (tmp_path / "results").glob("*.json")}
+        assert main(["export", run_id, results, "--plugin=mine_to_plug", f"--to={tmp_path / 'm.onnx'}"]) == 0
+        read_outputs(capsys)
+        assert main(["run", "--plugin=nowhere", *own]) == 2
+        assert "plugin 'nowhere': ModuleNotFoundError" in read_outputs(capsys)[1][0]
+    finally:
+        for names_, kept in zip((MODELS, DATASETS), before, strict=True):
+            names_.clear()
+            names_.update(kept)

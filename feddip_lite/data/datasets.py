@@ -118,7 +118,17 @@ def dataset_of(name: str, arrays: Mapping[str, np.ndarray], source: str, sha256:
         images = torch.from_numpy(arrays[f"{part}_images"])
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         tensors |= {f"{part}_images": images, f"{part}_labels": torch.from_numpy(arrays[f"{part}_labels"]).long()}
-    return Dataset(name=name, **tensors, **DATASETS[name], source=source, sha256=sha256, variant=variant)
+    return Dataset(name=name, **tensors, **fields_of(name), source=source, sha256=sha256, variant=variant)
+
+
+def fields_of(name: str) -> Mapping:
+    """What `Dataset` holds of a data set beside its samples: classes, scale, mean, std, augmentation; and the names of
+    the classes of one that was registered."""
+    if not callable(known := DATASETS[name]):
+        return known
+    names = ("classes", "scale", "mean", "std", "augmentation", "class_names")
+    own = known()
+    return {key: getattr(own, key) for key in names}
 
 
 def as_published(dataset: Dataset) -> Dataset:

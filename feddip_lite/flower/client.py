@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial, wraps
@@ -26,10 +26,11 @@ from ..config import Config
 from ..core.flat import Layout, sha256_of
 from ..core.message import Message, decode, encode
 from ..core.state import Memory
-from ..data.datasets import DATASETS, Dataset, dataset_of
+from ..data.datasets import Dataset, dataset_of, fields_of
 from ..data.files import checksum
 from ..data.own import read_images
 from ..data.partition import Split
+from ..plugins import load_plugins
 from ..records.store import atomic_write
 from ..train.failures import check_client
 from ..train.round import train_client
@@ -92,6 +93,7 @@ def _site_of(context: Context):
 
 
 def _config_of(text: str) -> Config:
+    load_plugins()
     return replace(Config.from_dict(json.loads(text)).resolved(), workers=1)  # one client at a time
 
 
@@ -115,16 +117,20 @@ def memories_of(context: Context) -> Path:
 def own_data(config: Config, client: int, data: str, folder: str) -> tuple[Dataset, Split, np.ndarray]:
     """The data that a node brings itself: the node configuration's `folder`, read by its `data`, "module:function".
 
-    The function is given the folder and returns (images uint8 (N, H, W) or (N, H, W, 3), labels (N,) integers). Without
-    one, `images_in` reads the folder. Images are scaled and normalised as the configuration's data set.
+    The function is given the folder and returns (images uint8 (N, H, W) or (N, H, W, 3), labels (N,) integers, or names
+    of the data set's classes). Without one, `data.own.read_images` reads the folder: `<folder>/<label>/*.png`. Images
+    are scaled and normalised as the configuration's data set.
 
     Raises:
         ValueError: what it returns is not that; names what is wrong.
     """
     module, _, name = data.partition(":")
-    load = getattr(import_module(module), name) if data else images_in
+    load = getattr(import_module(module), name) if data else read_images
     images, labels = (np.asarray(part) for part in load(folder))
-    classes = DATASETS[config.dataset]["classes"]
+    known = fields_of(config.dataset)
+    classes, names = known["classes"], known.get("class_names", ())
+    if labels.dtype.kind == "U":
+        labels = numbered(labels, names)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not len(images):
         raise ValueError(f"images: {images.dtype} {images.shape}; expected uint8 (N, H, W) or (N, H, W, 3), N >= 1")
     if (
@@ -141,17 +147,18 @@ def own_data(config: Config, client: int, data: str, folder: str) -> tuple[Datas
     return dataset, Split(tuple(shards), (nothing,) * config.clients), nothing
 
 
-def images_in(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images `<folder>/<label>/*.png` as `data.own.read_images` takes them, and their labels, which are numbers:
-    what a class is called elsewhere, a site cannot know.
+def numbered(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Labels (N,) that are words as int64: the numbers that they are, or the places of the classes called so.
 
     Raises:
-        ValueError: as `read_images`; or a class folder that is no number.
+        ValueError: neither; names the first.
     """
-    images, names = read_images(folder)
-    if strange := sorted({name for name in names if not name.isdecimal()}):
-        raise ValueError(f"{folder}/{strange[0]}: is no label; expected folders called by the numbers of the classes")
-    return images, names.astype(np.int64)
+    places = {name: place for place, name in enumerate(names)}
+    strange = [label for label in np.unique(labels) if label not in places and (places or not label.isdecimal())]
+    if strange:
+        expected = f"one of {', '.join(names)}" if places else "numbers of classes"
+        raise ValueError(f"labels: {strange[0]!r} is not valid; expected {expected}")
+    return np.array([places[label] if places else int(label) for label in labels])
 
 
 def recall(folder: Path, token: str, layout: Layout) -> Memory:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..config import Config
 from ..core.errors import ClientFailure
+from ..plugins import VARIABLE
 from ..records.store import read_run
 
 APP = Path(__file__).parent / "app"
@@ -224,6 +225,8 @@ class Federation:
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         inherited = {name: value for name, value in os.environ.items() if name not in COLOURS}
+        if VARIABLE in inherited:  # plugins are found from where the command was called
+            inherited["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), inherited.get("PYTHONPATH", "")])
         return {**inherited, **ENVIRONMENT, "PATH": path, "FLWR_HOME": str(self.home)}
 
 

@@ -22,6 +22,7 @@ from ..core.errors import guarded
 from ..core.message import Message, encode
 from ..core.state import Memory, ServerState
 from ..methods.base import Method
+from ..plugins import load_plugins
 from ..records.store import atomic_write
 from ..train.recording import Recording
 from ..train.round import Clients
@@ -63,6 +64,7 @@ def serve(grid: Grid, settings: Mapping) -> None:
     """
 
     def work() -> int:
+        load_plugins()
         config = Config.from_dict(json.loads(settings["config"]))
         timeouts = settings["join-timeout"], settings["reply-timeout"]
         every = settings["checkpoint-every"]

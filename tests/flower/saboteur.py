@@ -5,14 +5,14 @@ import signal
 import time
 
 from feddip_lite.core.message import encode
+from feddip_lite.data.own import read_images
 from feddip_lite.flower import client as flower_client
-from feddip_lite.flower.client import images_in
 
 
 def _with(answer):
     def load(folder):
         flower_client.encode = answer
-        return images_in(folder)
+        return read_images(folder)
 
     return load
 

@@ -5,13 +5,16 @@ import importlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import csv_without_seconds, names, tiny_config
+from PIL import Image
 
-from feddip_lite import run
+from feddip_lite import register_dataset, run
 from feddip_lite.core.errors import ClientFailure
 from feddip_lite.core.flat import sha256_of
+from feddip_lite.data.datasets import DATASETS
 from feddip_lite.methods import METHODS
 from feddip_lite.records.store import read_run
 from feddip_lite.train.setup import deal
@@ -321,6 +324,29 @@ def test_one_function_brings_a_clients_own_data(tmp_path, monkeypatch):
         grid.nodes[101]["data"] = f"hospital:{name}"
         with pytest.raises(Unreachable, match=reason):
             start(config, over(grid, join=60))
+
+
+def test_a_node_names_classes_as_the_registered_data_does_and_palettes_are_never_read_as_noise(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (40, 28, 28), dtype=np.uint8), np.array(["bee", "ant"])[np.arange(40) % 2]
+    monkeypatch.setitem(DATASETS, "insects", None)
+    register_dataset("insects", lambda: (images[:30], labels[:30], images[30:], labels[30:]))
+    for i, (image, label) in enumerate(zip(images[:8], labels, strict=False)):
+        (tmp_path / "site" / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "site" / label / f"{i}.png")
+    config = tiny_config(dataset="insects", clients=2, clients_per_round=2, width=0.1, rounds=1)
+    found, split, _ = flower_client.own_data(config, 1, "", str(tmp_path / "site"))
+    assert torch.equal(found.train_images[:, 0], torch.from_numpy(images[:8]))
+    assert found.train_labels.tolist() == [1, 0] * 4 and len(split.train[1]) == 8
+    Image.fromarray(images[0]).convert("P").save(tmp_path / "site" / "bee" / "0.png")
+    read = flower_client.own_data(config, 1, "", str(tmp_path / "site"))[0].train_images[0]
+    assert torch.equal(read, torch.from_numpy(images[0]).expand(3, -1, -1))
+    (tmp_path / "site" / "bee").rename(tmp_path / "site" / "wasp")
+    with pytest.raises(ValueError, match="labels: 'wasp' is not valid; expected one of ant, bee"):
+        flower_client.own_data(config, 1, "", str(tmp_path / "site"))
+    assert flower_client.numbered(np.array(["3", "0"]), ()).tolist() == [3, 0]
+    with pytest.raises(ValueError, match="labels: 'bee' is not valid; expected numbers of classes"):
+        flower_client.numbered(labels, ())
 
 
 def served(folder, grid, **changes):

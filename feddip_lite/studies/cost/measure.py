@@ -23,7 +23,7 @@ from ...core.linear import Linear
 from ...core.models import INPUT_SHAPES, build_model
 from ...core.sparsity import density
 from ...core.state import ServerState
-from ...data.datasets import DATASETS, Dataset, normalise
+from ...data.datasets import Dataset, fields_of, normalise
 from ...records.kept_model import model_file
 from ...records.names import NAMES
 from ...train.observe import LastState
@@ -45,7 +45,7 @@ def model_name(config: Config) -> str:
 def untrained(dataset: str, model: str, width: float) -> nn.Module:
     """The model of that name for that data set, without loading any."""
     channels, size = INPUT_SHAPES.get(model, (1, 28))
-    return build_model(model, classes=DATASETS[dataset]["classes"], width=width, channels=channels, size=size)
+    return build_model(model, classes=fields_of(dataset)["classes"], width=width, channels=channels, size=size)
 
 
 def largest_linear(config: Config) -> tuple[int, int]:
