@@ -157,7 +157,7 @@ def numbered(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
     strange = [label for label in np.unique(labels) if label not in places and (places or not label.isdecimal())]
     if strange:
         expected = f"one of {', '.join(names)}" if places else "numbers of classes"
-        raise ValueError(f"labels: {strange[0]!r} is not valid; expected {expected}")
+        raise ValueError(f"labels: {str(strange[0])!r} is not valid; expected {expected}")
     return np.array([places[label] if places else int(label) for label in labels])
 
 
