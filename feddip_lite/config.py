@@ -51,6 +51,9 @@ class Config:
     dataset: str = setting("digits", registered(DATASETS), "data set")
     model: str = setting("lenet5", registered(MODELS), "model")
     width: float = setting(1.0, real("(0, 8]"), "factor on the model's hidden channels and features")
+    dense_layers: str = setting(
+        "none", one_of("none", "first", "last", "both"), "layers that are never pruned, of those that would be"
+    )
     rounds: int = setting(1000, integer(1), "communication rounds T")
     clients: int = setting(50, integer(1), "clients N")
     clients_per_round: int = setting(5, integer(1), "clients K drawn each round")

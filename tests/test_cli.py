@@ -31,6 +31,7 @@ WRONG = [
     (["--width=0"], "width: 0", "a number in (0, 8]"),
     (["--width=8.1"], "width: 8.1", "a number in (0, 8]"),
     (["--width=wide"], "width: 'wide'", "a number in (0, 8]"),
+    (["--dense-layers=all"], "dense_layers: 'all'", "one of none, first, last, both"),
     (["--rounds=0"], "rounds: 0", "an integer >= 1"),
     (["--rounds=2.5"], "rounds: 2.5", "an integer >= 1"),
     (["--rounds=1e3"], "rounds: 1000.0", "an integer >= 1"),

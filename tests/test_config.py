@@ -10,7 +10,8 @@ from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
 
 DESIGN = {
-    "method": "feddip", "dataset": "digits", "model": "lenet5", "width": 1.0, "rounds": 1000, "clients": 50,
+    "method": "feddip", "dataset": "digits", "model": "lenet5", "width": 1.0, "dense_layers": "none",
+    "rounds": 1000, "clients": 50,
     "clients_per_round": 5, "local_epochs": 5, "batch_size": 128, "lr": 0.1, "lr_decay": 0.998,
     "lr_schedule": "exponential", "smoothness": None, "weight_decay": 5e-4, "initial_sparsity": None,
     "target_sparsity": 0.9, "mask_interval": None, "penalty_max": None, "penalty_steps": 20, "partition": "iid",
@@ -22,7 +23,8 @@ DESIGN = {
 """Fields and defaults of the public interface: scripts and stored results rely on them."""
 
 OTHER = {
-    "method": "feddp", "dataset": "cifar10", "model": "alexnet", "width": 0.5, "rounds": 999, "clients": 49,
+    "method": "feddp", "dataset": "cifar10", "model": "alexnet", "width": 0.5, "dense_layers": "last",
+    "rounds": 999, "clients": 49,
     "clients_per_round": 4, "local_epochs": 4, "batch_size": 127, "lr": 0.2, "lr_decay": 0.997,
     "lr_schedule": "theory", "smoothness": 3.0, "weight_decay": 4e-4, "initial_sparsity": 0.4, "target_sparsity": 0.8,
     "mask_interval": 4, "penalty_max": 2e-3, "penalty_steps": 19, "partition": "dirichlet", "classes_per_client": 3,

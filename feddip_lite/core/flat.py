@@ -59,17 +59,23 @@ class Layout:
 
     @classmethod
     def of(
-        cls, module: nn.Module, *, image_shape: tuple[int, ...] | None = None, include_shortcut: bool = False
+        cls,
+        module: nn.Module,
+        *,
+        image_shape: tuple[int, ...] | None = None,
+        include_shortcut: bool = False,
+        dense_layers: str = "none",
     ) -> Self:
         """The layout of `module`.
 
         Prunable are the weights of convolutions, linear, recurrent and attention layers; not biases, norms and
         embeddings, and not what the module's own `kept_dense` names: the 1x1 shortcut convolutions of ResNet, unless
         `include_shortcut` (docs/deviations.md D19). A tensor that two layers share is one; what is frozen
-        (`requires_grad` False) has no place. With the `image_shape` (channels, height, width) of its input, slots know
+        (`requires_grad` False) has no place. `dense_layers` spares the "first" or "last" layer that would be prunable,
+        or "both". With the `image_shape` (channels, height, width) of its input, slots know
         how often their weights are used.
         """
-        prunable, dense, seen = [], [], set()
+        prunable, dense, seen = {}, [], set()  # prunable: layer -> its tensors
         spared = () if include_shortcut else getattr(module, "kept_dense", ())
         for path, layer in module.named_modules():
             for name, parameter in layer.named_parameters(prefix=path, recurse=False):
@@ -78,7 +84,12 @@ class Layout:
                 seen.add(id(parameter))
                 is_weight = isinstance(layer, PRUNABLE) and "weight" in name.rpartition(".")[2] and parameter.dim() > 1
                 kept_dense = any(part in path for part in spared)
-                (prunable if is_weight and not kept_dense else dense).append((name, tuple(parameter.shape)))
+                own = prunable.setdefault(path, []) if is_weight and not kept_dense else dense
+                own.append((name, tuple(parameter.shape)))
+        ends = {"none": (), "first": (0,), "last": (-1,), "both": (0, -1)}[dense_layers]
+        for path in dict.fromkeys([*prunable][end] for end in ends if prunable):
+            dense = prunable.pop(path) + dense
+        prunable = [tensor for tensors in prunable.values() for tensor in tensors]
         buffers = [(name, tuple(b.shape)) for name, b in module.named_buffers() if b.is_floating_point()]
         uses = uses_per_sample(module, image_shape) if image_shape else {}
         return cls.placed(prunable + dense, len(prunable), buffers, uses)

@@ -118,7 +118,7 @@ def check_own(module: nn.Module, data: Dataset, split: Split, config: Config) ->
     little can be pruned. Returns whether it draws from the global generator (`own_model.check_model`)."""
     if config.width != 1 and not own_model(config.model).takes_width:
         raise ValueError(f"width: {config.width:g} is not valid; expected 1, since model {config.model!r} takes none")
-    layout = Layout.of(module)
+    layout = layout_of(module, config)
     draws = check_model(config.model, module, layout, tuple(data.train_images.shape[1:]), data.classes)
     single = [client for client, shard in enumerate(split.train) if len(shard) % config.batch_size == 1]
     if single and not takes_one_image(module, tuple(data.train_images.shape[1:])):
@@ -141,7 +141,8 @@ def check_own(module: nn.Module, data: Dataset, split: Split, config: Config) ->
 def layout_of(module: nn.Module, config: Config, image_shape: tuple[int, int, int] | None = None) -> Layout:
     """The layout that a run of this configuration has; ResNet's shortcuts are prunable if its method says so (D19)."""
     pruned = config.resolved().method_options.get("shortcuts") == "pruned"
-    return Layout.of(module, include_shortcut=pruned, image_shape=image_shape)
+    spared = {"include_shortcut": pruned, "dense_layers": config.dense_layers}
+    return Layout.of(module, image_shape=image_shape, **spared)
 
 
 def split_of(data: Dataset, config: Config) -> Split:

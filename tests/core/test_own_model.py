@@ -54,6 +54,21 @@ def test_weights_of_all_convolutions_linear_recurrent_and_attention_layers_are_p
     assert names == expected
 
 
+@pytest.mark.parametrize(("spared", "kept"), [("none", 4), ("first", 3), ("last", 3), ("both", 2)])
+def test_first_and_last_layers_stay_dense_if_asked_for(spared, kept):
+    module = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    found = {slot.name.split(".")[0] for slot in Layout.of(module, dense_layers=spared).prunable_slots}
+    layers = ["0", "1", "3", "4"]
+    first, last = spared in ("first", "both"), spared in ("last", "both")
+    assert found == set(layers[first : len(layers) - last]) and len(found) == kept
+    assert Layout.of(module, dense_layers=spared).size == Layout.of(module).size
+    config = tiny_config(**{**RUN, "target_sparsity": 0.8, "final_prune": True, "dense_layers": spared})
+    last_state = LastState()
+    run(config, model=tied, progress=False, observers=[last_state])
+    layout = Layout.of(tied(), dense_layers=spared)
+    assert len(last_state.state.mask) == layout.prunable
+
+
 def test_weights_know_how_often_they_are_used():
     class Net(nn.Module):
         def __init__(self):
