@@ -4,6 +4,8 @@ Shapes follow the authors' published code (datasets_models.py). At width 1: LeNe
 23 272 266 (10 classes), ResNet-18 11 220 132 (100 classes).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -191,9 +193,14 @@ def build_model(name: str, *, classes: int, width: float = 1.0, channels: int, s
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r}: is not known here; pass it as `model=`, or register_model({name!r}, ...)")
+    return built(MODELS[name], seed, classes=classes, width=width, channels=channels, size=size)
+
+
+def built(make: Callable[..., nn.Module], seed: int, **shape) -> nn.Module:
+    """The module that `make(**shape)` gives when it draws from `seed`; the global generator is left untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return MODELS[name](classes, width, channels, size)
+        return make(**shape)
 
 
 def stock(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core.models import INPUT_SHAPES, build_model, stock
+from ..core.models import INPUT_SHAPES, build_model, built, stock
 from ..core.own_model import Make, OwnModel
 from ..core.seeds import derive
 from ..data.datasets import DATASETS, Dataset, normalise
@@ -39,12 +39,9 @@ def load_model(folder: str | Path, run_id: str, model: Make | None = None) -> nn
     channels, size = data.train_images.shape[1:3]
     shape = {"classes": data.classes, "width": config["width"], "channels": channels, "size": size}
     seed = derive(config["seed"], "initial weights")  # what is frozen is as it was drawn
-    if model is None:
-        module = build_model(config["model"], **shape, seed=seed)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            module = OwnModel(model)(**shape)
+    module = (
+        build_model(config["model"], **shape, seed=seed) if model is None else built(OwnModel(model), seed, **shape)
+    )
     stored = kept.state_dict()
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = [name for name, tensor in stored.items() if own.get(name) != tensor.shape]

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..config import Config
-from ..core.models import MODELS, build_model
+from ..core.models import MODELS, build_model, built
 from ..core.own_model import OwnModel, fingerprint, own_model, source_of
 from ..data.datasets import DATASETS, Dataset, load_dataset
 from ..data.files import files_here
@@ -37,11 +37,9 @@ def refuse_other(path: Path, config: Config, record: Mapping) -> None:
     """
     facts = record["provenance"]
     there = {"data": facts.get("data", {}).get("sha256"), **facts.get("own", {})}
-    needs_data = own_model(config.model) is not None or callable(DATASETS.get(config.dataset))
-    if needs_data and config.model in MODELS and config.dataset in DATASETS:
+    here = {"data": _data_sha256(config.dataset), **_own_method(config)}
+    if callable(DATASETS.get(config.dataset)) or (here["data"] and own_model(config.model) is not None):
         here = fingerprints(config, load_dataset(config.dataset))
-    else:
-        here = {"data": _data_sha256(config.dataset), **_own_method(config)}
     refuse_differing(path, "recorded", there, here, "use another results folder, or another name")
 
 
@@ -57,11 +55,9 @@ def refuse_differing(path: Path, what: str, there: Mapping, here: Mapping, remed
 
 def _own_method(config: Config) -> dict[str, str]:
     method = METHODS[config.method]
-    return (
-        {}
-        if method.__module__.startswith("feddip_lite.")
-        else {"method": hashlib.sha256(source_of(method).encode()).hexdigest()}
-    )
+    if method.__module__.startswith("feddip_lite."):
+        return {}
+    return {"method": hashlib.sha256(source_of(method).encode()).hexdigest()}
 
 
 def _data_sha256(name: str) -> str | None:
@@ -88,11 +84,8 @@ def known_model(make: object, config: Config, data: Dataset) -> str:
     """
     if not callable(make):
         raise ValueError(f"model: a {type(make).__name__}; expected an nn.Module, or what makes one")
-    MODELS["own-"] = own = OwnModel(make)
-    try:
-        module = build_model("own-", **fitting(data, config)[1])
-    finally:
-        del MODELS["own-"]
-    name = f"own-{fingerprint(make, module)[:8]}"
+    own, size = OwnModel(make), data.train_images.shape[2]
+    shape = {"classes": data.classes, "width": config.width, "channels": data.train_images.shape[1], "size": size}
+    name = f"own-{fingerprint(make, built(own, 0, **shape))[:8]}"
     MODELS[name] = own
     return name
