@@ -23,7 +23,7 @@ from feddip_lite.records.store import ROOT, atomic_write
 from feddip_lite.report import curves, diagrams
 from feddip_lite.report.style import save_figure
 from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
-from feddip_lite.studies import equal_bytes, ingredients, layers, second_order, sparsity_sweep, start
+from feddip_lite.studies import chosen, equal_bytes, ingredients, layers, second_order, sparsity_sweep, start
 from feddip_lite.studies.bound import figures as bound_figures
 from feddip_lite.studies.bound import tables as bound_tables
 from feddip_lite.studies.claims import RULE, claims_table
@@ -143,6 +143,8 @@ def findings(root: Path) -> Named:
     varied = ingredients.ingredients(records)
     if set(ingredients.FEEDBACK) <= set(varied["fed_back"]):
         yield "ingredients", ingredients.crossed(varied, f"{title}: feedback and penalty")
+    if len(chosen.candidates_table(records, "penalty_max")):
+        yield "strengths", chosen.strengths(records[records["partition"] == "iid"], f"{title}: how strong a penalty")
     networks = {"LeNet-5, Fashion-MNIST": records[records["partition"] == "iid"]}
     networks["AlexNet (0.25), CIFAR-10"] = recorded("start", root / "results", model="alexnet", partition="iid")
     begun = {name: start.starts(runs) for name, runs in networks.items()}
@@ -236,7 +238,7 @@ def questions(root: Path) -> dict[int, str]:
     """Of each question that docs/findings.md asks: its figure, as soon as it is drawn, what is measured, and the
     verdicts in sentences."""
     table, found = claims_table(root / "results", root / "params" / "claims.yaml"), {}
-    figures = {1: "ingredients", 3: "start", 5: "second_order", 6: "equal_bytes"}
+    figures = {1: "ingredients", 2: "strengths", 3: "start", 5: "second_order", 6: "equal_bytes"}
     for number, own in table[table["question"] > 0].groupby("question"):
         figure = root / "figures" / f"{figures.get(number)}.png"
         shown = [f"![](../figures/{figure.name})"] * figure.exists()

@@ -39,9 +39,10 @@ def load_model(folder: str | Path, run_id: str, model: Make | None = None) -> nn
     channels, size = data.train_images.shape[1:3]
     shape = {"classes": data.classes, "width": config["width"], "channels": channels, "size": size}
     seed = derive(config["seed"], "initial weights")  # what is frozen is as it was drawn
-    module = (
-        build_model(config["model"], **shape, seed=seed) if model is None else built(OwnModel(model), seed, **shape)
-    )
+    if model is None:
+        module = build_model(config["model"], **shape, seed=seed)
+    else:
+        module = built(OwnModel(model), seed, **shape)
     stored = kept.state_dict()
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = [name for name, tensor in stored.items() if own.get(name) != tensor.shape]

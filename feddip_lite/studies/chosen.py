@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..config import UNHASHED, Config
 from ..records.names import title_of
 from ..records.store import headline
+from ..report import style
 from ..report.statistics import mean_of
+from ..report.style import INK, VERMILION, styled
 
 _CONFIG = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config) if item.name not in UNHASHED]
 WORDS = {"penalty_max": "penalty", "weight_decay": "weight decay", "initial_lr": "learning rate"}
@@ -45,3 +48,39 @@ def candidates_table(results: pd.DataFrame, varied: str) -> pd.DataFrame:
         tried = {f"{value:g}": mean_of(each["accuracy"], 4) for value, each in held.groupby(varied)}
         rows.append(row | tried | {f"chosen {WORDS[varied]}": f"{held.groupby(varied)['accuracy'].mean().idxmax():g}"})
     return pd.DataFrame(rows)
+
+
+@styled
+def strengths(results: pd.DataFrame, title: str) -> Figure:
+    """Held-out accuracy by strength, a panel per target sparsity: the growing penalty, and as much plain weight decay
+    (the k-th decay that was tried beside the k-th penalty, the usual decay without a penalty)."""
+    runs = headline(results[results["validation"] > 0])
+    peaks = sorted(runs.loc[runs["method"] == "feddip", "penalty_max"].unique())
+    places = {0.0: "0"} | {peak: f"{peak:g}" for peak in peaks}
+    decays = dict(
+        zip(sorted(runs.loc[runs["method"] == "feddp", "weight_decay"].unique()), places.values(), strict=False)
+    )
+    usual = runs[(runs["method"] == "feddp") & (runs["weight_decay"] == min(decays))]
+    plain = runs[runs["method"] == "feddp"]
+    grown = pd.concat(
+        [
+            usual.assign(place="0"),
+            runs[runs["method"] == "feddip"].assign(place=lambda own: own["penalty_max"].map(places)),
+        ]
+    )
+    lines = {
+        "growing penalty": grown,
+        "as much plain weight decay": plain.assign(place=plain["weight_decay"].map(decays)),
+    }
+    data = pd.concat([own.assign(name=name) for name, own in lines.items()])
+    targets = sorted(data["target_sparsity"].unique())
+    figure, axes = style.grid(1, len(targets), 3.0)
+    looks = dict(zip(lines, ({"color": VERMILION, "marker": "D"}, {"color": INK, "marker": "o"}), strict=True))
+    for panel, target in zip(axes[0], targets, strict=True):
+        own = data[data["target_sparsity"] == target]
+        style.over_seeds(own, "place", "accuracy", looks, panel, joined=True, order=[*places.values()])
+        panel.set(xlabel=r"penalty's peak $\lambda_{max}$", ylabel="held-out accuracy")
+        panel.set_title(f"s = {target:g}", loc="left")
+    style.legend(figure, looks)
+    style.headed(figure, title, "a tenth of the training set is held out; nothing here is of the test set")
+    return figure

@@ -106,6 +106,16 @@ def test_the_best_on_held_out_samples_is_what_is_tested():
     assert chosen.chosen(results, "initial_lr").empty
 
 
+def test_strengths_stand_side_by_side(agg):
+    held = [({"penalty_max": peak, "validation": 0.1}, {"accuracy": 0.5 + peak}) for peak in (0.001, 0.01)]
+    decays = [({"method": "feddp", "weight_decay": d, "validation": 0.1}, {"accuracy": d}) for d in (5e-4, 6e-4, 1e-3)]
+    figure = chosen.strengths(recorded_runs(*held, *decays, ({}, {})), "title")
+    (panel,) = figure.axes
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["0", "0.001", "0.01"]
+    drawn = {tuple(round(y, 6) for y in line.get_ydata()) for line in panel.lines}
+    assert {(0.0005, 0.501, 0.51), (0.0005, 0.0006, 0.001)} <= drawn
+
+
 def test_fedavg_is_stopped_at_feddips_bytes_and_other_dense_forms_are_told_by_what_they_change():
     rising = {"accuracy": np.arange(ROUNDS) / 100}
     cheap = {"up_bytes": 2**18, "down_bytes": 2**18}  # half of FedAvg's
