@@ -30,7 +30,7 @@ export CUDA_CACHE_PATH     := $(STATE)/cuda
 .DEFAULT_GOAL := help
 # Each target uses all cores by itself; side by side they would only disturb one another (and share one environment).
 .NOTPARALLEL:
-.PHONY: help setup doctor test reproduce figures sweep compare test-slow flower flower-test bench lint lab \
+.PHONY: help setup doctor test reproduce figures sweep compare test-slow flower flower-test gpu bench lint lab \
         clean clean-env
 
 help:       ## show this list
@@ -69,6 +69,11 @@ flower: $(FLOWER) ## the same rounds in one process and on Flower, simulated and
 flower-test: $(FLOWER) ## all tests of the federation on Flower, with real processes
 	MPLBACKEND=Agg $(PY) -m pytest -m "slow or not slow" tests/flower/test_flower_server.py tests/flower/test_flower_processes.py \
 	  tests/flower/test_flower_machines.py
+
+# A machine rented by the minute has no .venv, and needs none: python3 with torch and pytest.
+gpu:             ## all that a GPU is asked for, in MINUTES=8 into OUT=build/gpu; DEVICE=cpu rehearses
+	$(PYTHON) tools/gpu.py --minutes $(or $(MINUTES),8) --out $(or $(OUT),build/gpu) --device $(or $(DEVICE),cuda) \
+	  $(if $(COMMIT),--commit $(COMMIT)) $(if $(JOIN),--join $(JOIN)) $(if $(RESUME),--resume $(RESUME))
 
 bench: $(READY)  ## time the engine against stock operators
 	$(PY) -m benchmarks engine

@@ -182,17 +182,19 @@ def kept_indices(mask: Tensor) -> Tensor:
 class FlatModel:
     """A module bound to flat vectors: writing `weights` changes its parameters, its gradients appear in `gradient`.
 
-    Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all float32 on `device`;
+    Attributes: `weights` (n,), `gradient` (n,) and `buffers` (BatchNorm statistics), all of `dtype` on `device`;
     `kernels` compute loss and gradient at `weights`; `pause` is called where a job may let others go first; `draws`
     says whether the module draws from PyTorch's global generator, as `nn.Dropout` does.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu"):
-        self.module = module.to(device)
+    def __init__(
+        self, module: nn.Module, layout: Layout, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ):
+        self.module = module.to(device, dtype)
         self.layout = layout
-        self.weights = torch.zeros(layout.size, device=device)
-        self.gradient = torch.zeros(layout.size, device=device)
-        self.buffers = torch.zeros(layout.buffer_size, device=device)
+        self.weights = torch.zeros(layout.size, device=device, dtype=dtype)
+        self.gradient = torch.zeros(layout.size, device=device, dtype=dtype)
+        self.buffers = torch.zeros(layout.buffer_size, device=device, dtype=dtype)
         parameters = dict(module.named_parameters())
         for slot in layout.slots:
             parameter = parameters[slot.name]

@@ -12,6 +12,8 @@ import torch
 
 from .._version import __version__
 
+COMMIT = "FEDDIP_COMMIT"
+
 
 def provenance(device: torch.device, workers: int, **facts) -> dict:
     """The circumstances of a run: versions, commit, hardware, worker threads (one intra-op thread each), `facts`."""
@@ -28,7 +30,10 @@ def provenance(device: torch.device, workers: int, **facts) -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package lies in, with "+" if the package has changes that it lacks, or None."""
+    """The commit of the checkout this package lies in, with "+" if the package has changes that it lacks, or None.
+    Where the checkout came without its history, the environment variable FEDDIP_COMMIT may say it."""
+    if told := os.environ.get(COMMIT):
+        return told
     package = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
