@@ -36,8 +36,8 @@ class Linear(nn.Linear):
 
 
 def stores_gradients(layer: nn.Module) -> bool:
-    """Whether the layer's backward overwrites its gradients: a bound `Linear` on a CPU, with the weights it was bound to
-    (`functional_call` puts others in their place, which have no gradient)."""
+    """Whether the layer's backward overwrites its gradients: a bound `Linear` on a CPU, with the weights it was bound
+    to (`functional_call` puts others in their place, which have no gradient)."""
     autocast = torch.is_autocast_enabled("cpu")
     stores = isinstance(layer, Linear) and layer.bound and layer.weight.grad is not None
     return stores and layer.weight.is_cpu and not autocast
