@@ -104,7 +104,7 @@ def _parts_of(data: object) -> tuple[dict[str, object], str]:
         return _folder(Path(data).expanduser()), "a folder of images"
     if isinstance(data, Sequence) and len(data) == 4:
         return dict(zip(KEYS, data, strict=True)), "arrays"
-    if isinstance(data, Sequence) and len(data) == 2 and all(hasattr(part, "__getitem__") for part in data):
+    if isinstance(data, Sequence) and len(data) == 2 and all(map(_is_torch_data, data)):
         pairs = [[part[i] for i in range(len(part))] for part in data]
         parts = [own for pair in pairs for own in zip(*pair, strict=True)]
         if len(parts) == 4:
@@ -113,6 +113,10 @@ def _parts_of(data: object) -> tuple[dict[str, object], str]:
     kind = f"{type(data).__name__} of {len(data)}" if isinstance(data, Sequence) else type(data).__name__
     expected = "(train_images, train_labels, test_images, test_labels), a folder, or a pair of torch data sets"
     raise ValueError(f"data: a {kind}; expected {expected}")
+
+
+def _is_torch_data(part: object) -> bool:
+    return all(hasattr(part, name) for name in ("__getitem__", "__len__")) and not isinstance(part, np.ndarray | Tensor)
 
 
 def _images(part: object, name: str) -> Tensor:

@@ -208,7 +208,9 @@ def right_id(path: Path, record: Mapping) -> str:
     try:
         return Config.from_dict(record["config"]).run_id
     except ValueError as error:
-        raise ValueError(f"{path}: a record of another version ({error}); delete it to run again") from error
+        raise ValueError(
+            f"{path}: a record of another version ({error}); {advice(path, 'delete it to run again')}"
+        ) from error
 
 
 def read_mask(folder: Path, run_id: str) -> Tensor | None:

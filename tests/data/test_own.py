@@ -36,6 +36,10 @@ def test_every_shape_of_the_same_images_is_the_same_data():
         assert other.sha256 == usual.sha256 and other.name == usual.name == f"own-{usual.sha256[:8]}"
     pairs = [TensorDataset(tensors[i], torch.from_numpy(PARTS[i + 1])) for i in (0, 2)]
     assert own_dataset(pairs).sha256 == usual.sha256
+    pictures = [
+        [(Image.fromarray(image), int(label)) for image, label in zip(*PARTS[i : i + 2], strict=True)] for i in (0, 2)
+    ]
+    assert own_dataset(pictures).sha256 == usual.sha256  # as torchvision's ImageFolder gives them
     grey = own_dataset((IMAGES[:20, ..., 0], LABELS[:20], IMAGES[20:, ..., 0], LABELS[20:]))
     assert grey.train_images.shape == (20, 1, 20, 24)
 
@@ -85,7 +89,7 @@ def test_what_cannot_be_used_is_one_line(change, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("given", [3, (1, 2), PARTS[:3], {"train": 1}])
+@pytest.mark.parametrize("given", [3, (1, 2), PARTS[:3], {"train": 1}, PARTS[:2]])
 def test_what_is_no_data_at_all_is_refused(given):
     with pytest.raises(ValueError, match="data: a .*; expected .train_images, train_labels"):
         own_dataset(given)
