@@ -149,11 +149,10 @@ def test_stored_run_is_returned_without_recomputation(tmp_path, monkeypatch, rem
     first = run(config, results_dir=tmp_path, progress=False)
     files = {path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
 
-    class Unwilling(Remembering):
-        def start(self):
-            raise AssertionError("computed again")
+    def unwilling(*arguments):
+        raise AssertionError("computed again")
 
-    monkeypatch.setitem(METHODS, remembering, Unwilling)
+    monkeypatch.setattr("feddip_lite.train.run.prepare", unwilling)
     assert run(config, results_dir=tmp_path, progress=False).equals(first)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()} == files
 
