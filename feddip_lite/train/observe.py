@@ -103,12 +103,13 @@ class Run:
             return rows[-1]
         return evaluate_state(self.state, self.clients)
 
-    def history(self) -> pd.DataFrame:
-        """The rows so far, in the columns of a results file; `local_accuracy` is NaN where clients are alike (IID)."""
+    def history(self, since: int = 0) -> pd.DataFrame:
+        """The rows so far, or those `since` a number of them, in the columns of a results file; `local_accuracy` is NaN
+        where clients are alike (IID)."""
         columns = list(COLUMNS)
         if self.config.dataset == "cifar100":
             columns.insert(2, "top5_accuracy")
-        history = pd.DataFrame(self.progress.rows, columns=columns)
+        history = pd.DataFrame(self.progress.rows[since:], columns=columns)
         return history.assign(local_accuracy=float("nan")) if self.config.partition == "iid" else history
 
 
@@ -152,8 +153,8 @@ class PartialRows(Observer):
         self.count = len(run.progress.rows)
 
     def round_done(self, run: Run, record: RoundRecord) -> None:
-        rows = run.history().iloc[self.count :]
-        if len(rows):
+        if len(run.progress.rows) > self.count:
+            rows = run.history(since=self.count)
             text = rows.to_csv(index=False, header=not self.count, lineterminator="\n")
             with open(self.path, "a" if self.count else "w") as file:
                 file.write(text)
