@@ -196,11 +196,14 @@ def build_model(name: str, *, classes: int, width: float = 1.0, channels: int, s
     return built(MODELS[name], seed, classes=classes, width=width, channels=channels, size=size)
 
 
-def built(make: Callable[..., nn.Module], seed: int, **shape) -> nn.Module:
-    """The module that `make(**shape)` gives when it draws from `seed`; the global generator is left untouched."""
+def built(
+    make: Callable[..., nn.Module], seed: int, *, classes: int, width: float, channels: int, size: int
+) -> nn.Module:
+    """The module that `make(classes, width, channels, size)` gives when it draws from `seed`; the global generator is
+    left untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return make(**shape)
+        return make(classes, width, channels, size)
 
 
 def stock(module: nn.Module) -> nn.Module:
