@@ -17,8 +17,9 @@ from feddip_lite import Config
 from feddip_lite.core.errors import OutOfTime
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.message import Message
+from feddip_lite.core.models import MODELS
 from feddip_lite.core.state import ServerState
-from feddip_lite.data.datasets import Dataset
+from feddip_lite.data.datasets import DATASETS, Dataset
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.base import Method
 from feddip_lite.methods.fedavg import FedAvg
@@ -205,6 +206,16 @@ def agg():
     plt.switch_backend("Agg")
     yield
     plt.close("all")
+
+
+@pytest.fixture
+def forgetting():
+    """Models and data that a test registers are forgotten with it."""
+    before = [(names, dict(names)) for names in (MODELS, DATASETS)]
+    yield
+    for names, kept in before:
+        names.clear()
+        names.update(kept)
 
 
 @pytest.fixture

@@ -11,9 +11,7 @@ from conftest import FAST, environment, flags, names, read_outputs, record_files
 
 from feddip_lite.__main__ import main
 from feddip_lite.config import FIELDS
-from feddip_lite.core.models import MODELS
 from feddip_lite.core.sparsity import num_kept
-from feddip_lite.data.datasets import DATASETS
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.registry import options_of, settings_of
 from feddip_lite.records.profiles import load_profile
@@ -317,6 +315,7 @@ def test_an_interrupted_run_says_what_is_left_of_it(tmp_path, monkeypatch, capsy
     assert read_outputs(capsys)[1] == [f"python -m feddip_lite: interrupted; the same command {left}"]
 
 
+@pytest.mark.usefixtures("forgetting")
 def test_a_plugin_registers_models_and_data_for_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine_to_plug.py").write_text(
         "import torch, feddip_lite\n"
@@ -329,17 +328,11 @@ def test_a_plugin_registers_models_and_data_for_the_command_line(tmp_path, monke
     monkeypatch.setenv("FEDDIP_PLUGINS", "")
     results = f"--results={tmp_path / 'results'}"
     own = ["--dataset=mine", "--model=flat", "--rounds=2", "--clients=3", "--clients-per-round=2", results]
-    before = dict(MODELS), dict(DATASETS)
-    try:
-        assert main(["run", *own]) == 2
-        assert "dataset: 'mine' is not valid" in read_outputs(capsys)[1][0]
-        assert main(["run", "--plugin=mine_to_plug", "--quiet", *own]) == 0
-        (run_id,) = {path.stem for path in (tmp_path / "results").glob("*.json")}
-        assert main(["export", run_id, results, "--plugin=mine_to_plug", f"--to={tmp_path / 'm.onnx'}"]) == 0
-        read_outputs(capsys)
-        assert main(["run", "--plugin=nowhere", *own]) == 2
-        assert "plugin 'nowhere': ModuleNotFoundError" in read_outputs(capsys)[1][0]
-    finally:
-        for names_, kept in zip((MODELS, DATASETS), before, strict=True):
-            names_.clear()
-            names_.update(kept)
+    assert main(["run", *own]) == 2
+    assert "dataset: 'mine' is not valid" in read_outputs(capsys)[1][0]
+    assert main(["run", "--plugin=mine_to_plug", "--quiet", *own]) == 0
+    (run_id,) = {path.stem for path in (tmp_path / "results").glob("*.json")}
+    assert main(["export", run_id, results, "--plugin=mine_to_plug", f"--to={tmp_path / 'm.onnx'}"]) == 0
+    read_outputs(capsys)
+    assert main(["run", "--plugin=nowhere", *own]) == 2
+    assert "plugin 'nowhere': ModuleNotFoundError" in read_outputs(capsys)[1][0]

@@ -13,6 +13,7 @@ Exit code: 0 all steps were done, 1 one failed (the others are done all the same
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -284,8 +285,9 @@ def join(folder: Path) -> list[Path]:
             for key in ("images", "labels") if whole else ():
                 arrays[f"{part}_{key}"] = np.concatenate([each[key] for each in loaded])
         if whole:
-            root.mkdir(parents=True, exist_ok=True)
-            np.savez(root / f"{name}.npz", **arrays)
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            atomic_write(root / f"{name}.npz", content.getvalue())
             made.append(root / f"{name}.npz")
     return made
 

@@ -72,18 +72,18 @@ class Layout:
         embeddings, and not what the module's own `kept_dense` names: the 1x1 shortcut convolutions of ResNet, unless
         `include_shortcut` (docs/deviations.md D19). A tensor that two layers share is one; what is frozen
         (`requires_grad` False) has no place. `dense_layers` spares the "first" or "last" layer that would be prunable,
-        or "both". With the `image_shape` (channels, height, width) of its input, slots know
-        how often their weights are used.
+        or "both". With the `image_shape` (channels, height, width) of its input, slots know how often their weights are
+        used.
         """
         prunable, dense, seen = {}, [], set()  # prunable: layer -> its tensors
-        spared = () if include_shortcut else getattr(module, "kept_dense", ())
+        spared = set() if include_shortcut else {*getattr(module, "kept_dense", ())}
         for path, layer in module.named_modules():
             for name, parameter in layer.named_parameters(prefix=path, recurse=False):
                 if not parameter.requires_grad or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 is_weight = isinstance(layer, PRUNABLE) and "weight" in name.rpartition(".")[2] and parameter.dim() > 1
-                kept_dense = any(part in path for part in spared)
+                kept_dense = not spared.isdisjoint(path.split("."))
                 own = prunable.setdefault(path, []) if is_weight and not kept_dense else dense
                 own.append((name, tuple(parameter.shape)))
         ends = {"none": (), "first": (0,), "last": (-1,), "both": (0, -1)}[dense_layers]

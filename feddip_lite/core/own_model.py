@@ -60,7 +60,9 @@ PAPER = (LeNet5, AlexNet, ResNet18)
 def own_model(name: str) -> OwnModel | None:
     """The model of one's own that is known as `name`; None for one of the paper's, or an unknown name."""
     make = MODELS.get(name)
-    return make if make is None or isinstance(make, OwnModel) else None if make in PAPER else OwnModel(make)
+    if make is None or make in PAPER:
+        return None
+    return make if isinstance(make, OwnModel) else OwnModel(make)
 
 
 def register_model(name: str, make: Make) -> None:
@@ -83,10 +85,11 @@ def register_model(name: str, make: Make) -> None:
 
 
 def fingerprint(make: Make, module: nn.Module) -> str:
-    """SHA-256 of what a model is: names, shapes and dtypes of its tensors, which of them are frozen, the source of its
-    classes that are not PyTorch's, and of a module that is given, the weights that it has. `module` is one that `make`
-    made."""
-    parts = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in module.named_parameters()]
+    """SHA-256 of what a model is: its layers and their settings as PyTorch prints them, names, shapes and dtypes of its
+    tensors, which of them are frozen, the source of its classes that are not PyTorch's, and of a module that is given,
+    the weights that it has. `module` is one that `make` made."""
+    parts = [repr(module)]
+    parts += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in module.named_parameters()]
     parts += [f"{name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
     kinds = {type(each) for each in module.modules() if not type(each).__module__.startswith("torch.")}
     sources = [*sorted(kinds, key=lambda kind: kind.__qualname__)]

@@ -83,6 +83,12 @@ class Dataset:
     variant: str
     class_names: tuple[str, ...] = ()
 
+    @property
+    def model_shape(self) -> dict[str, int]:
+        """What a model of these images is told: `classes`, `channels`, and `size`, their height in pixels."""
+        channels, size = self.train_images.shape[1:3]
+        return {"classes": self.classes, "channels": channels, "size": size}
+
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
         return replace(self, **{key: getattr(self, key).to(device) for key in KEYS})

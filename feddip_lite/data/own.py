@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..core.settings import one_of
 from .datasets import DATASETS, Dataset
-from .files import KEYS
+from .files import IMAGE_SHAPES, KEYS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 TEST_SHARE = 0.2  # of each class, where a folder does not say what is for testing
-PAPER = ("digits", "fashionmnist", "cifar10", "cifar100")
 
 
 def register_dataset(name: str, loader: Callable[[], object]) -> None:
@@ -28,7 +27,7 @@ def register_dataset(name: str, loader: Callable[[], object]) -> None:
     Raises:
         ValueError: the name is that of one of the four data sets that are always there.
     """
-    if name in PAPER:
+    if name in IMAGE_SHAPES:
         raise ValueError(f"dataset {name!r}: is always there; expected another name")
     DATASETS[name] = lambda: own_dataset(loader(), name=name)
 
@@ -44,7 +43,8 @@ def own_dataset(
             folders in it or in its folders `train` and `test`; or a pair of torch data sets of (image, label). Images
             are uint8 or floating, (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, all of one size; labels
             integers or strings. A `Dataset` is given back as it is.
-        name: default: `own-` and the first 8 hex digits of the data's SHA-256.
+        name: default: `own-` and the first 8 hex digits of the data's SHA-256, in which class names, mean, std and
+            augmentation are, too.
         mean, std: per channel, of pixels in [0, 1] (uint8) or as they are (floating); default: those of the training
             images. A channel without spread is only shifted.
         augmentation: random crop after padding by 4 pixels, "zeros" or "reflect", and flip; None = none.
@@ -68,13 +68,13 @@ def own_dataset(
     if augmentation is not None:
         one_of("zeros", "reflect").require("augmentation", augmentation)
     tensors = {key: {**images, **labels}[key] for key in KEYS}
-    sha256 = _sha256(tensors, names)
     scale = 255.0 if images["train_images"].dtype == torch.uint8 else 1.0
     found = _moments(images["train_images"], scale)
     given = [found[i] if told is None else tuple(map(float, told)) for i, told in enumerate((mean, std))]
     channels = shapes["train_images"][0]
     if any(len(each) != channels for each in given) or min(given[1]) <= 0:
         raise ValueError(f"mean, std: {given[0]}, {given[1]}; expected {channels} numbers each, those of std above 0")
+    sha256 = _sha256(tensors, (names, *given, augmentation))
     return Dataset(
         name=name or f"own-{sha256[:8]}",
         classes=len(names),
@@ -93,7 +93,7 @@ def own_dataset(
 def known_as(data: object) -> str:
     """Make `data`, as `own_dataset` takes it, known under a name of its own. Returns the name. Raises as it does."""
     dataset = own_dataset(data)
-    if dataset.name not in PAPER:
+    if dataset.name not in IMAGE_SHAPES:
         DATASETS[dataset.name] = lambda: dataset
     return dataset.name
 
@@ -154,9 +154,8 @@ def _labels(train: object, test: object) -> tuple[dict[str, Tensor], tuple[str, 
         raise ValueError(f"train_labels: one class, {classes[0].item()!r}; expected two or more")
     if strange := sorted({*found["test_labels"].tolist()} - {*classes.tolist()}):
         raise ValueError(f"test_labels: {strange[0]!r} is no class of the training set")
-    return {name: torch.from_numpy(np.searchsorted(classes, own)) for name, own in found.items()}, tuple(
-        map(str, classes)
-    )
+    places = {name: torch.from_numpy(np.searchsorted(classes, own)) for name, own in found.items()}
+    return places, tuple(map(str, classes))
 
 
 def _moments(images: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -166,8 +165,9 @@ def _moments(images: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[flo
     return tuple(float(own.mean()) for own in channels), tuple(each or 1.0 for each in deviations)
 
 
-def _sha256(tensors: dict[str, Tensor], names: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr(names).encode())
+def _sha256(tensors: dict[str, Tensor], rest: tuple) -> str:
+    """Checksum of the samples and of the `rest` that decides what a model sees of them."""
+    digest = hashlib.sha256(repr(rest).encode())
     for key, tensor in tensors.items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)

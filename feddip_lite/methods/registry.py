@@ -64,12 +64,13 @@ def options_in_words(name: str, sources: Mapping[str, Mapping] = EMPTY) -> list[
     for option, item in options_of(name).items():
         values = {preset: settings_of(name, preset)[option] for preset in method.presets}
         usual = values.pop("paper", item.default)
-        others = [f"{preset}: {value}" for preset, value in values.items() if value != usual]
+        others = ", ".join(f"{preset}: {value}" for preset, value in values.items() if value != usual)
         check = item.metadata.get("check")
         said = [f"{item.metadata['doc']}; {check.expected}"] if check else ["as --" + option.replace("_", "-")]
         source = sources.get(name, {}).get("paper", {}).get(option)
         said += [f"source: {source[1]}"] if source else []
-        lines.append(f"  {option} = {usual}{f' ({chr(44).join(others)})' if others else ''}: {'; '.join(said)}")
+        beside = f" ({others})" if others else ""
+        lines.append(f"  {option} = {usual}{beside}: {'; '.join(said)}")
     about = method.about
     return [f"{name}: {about.title}, {about.family}. Source: {about.source}", *(lines or ["  no settings of its own"])]
 

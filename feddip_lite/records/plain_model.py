@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.models import INPUT_SHAPES, build_model, built, stock
 from ..core.own_model import Make, OwnModel
 from ..core.seeds import derive
-from ..data.datasets import DATASETS, Dataset, normalise
+from ..data.datasets import DATASETS, Dataset, as_published, normalise
 from ..data.files import IMAGE_SHAPES, KEYS
 from .kept_model import KeptModel
 from .store import atomic_write, config_of, read_model, read_run
@@ -36,8 +36,7 @@ def load_model(folder: str | Path, run_id: str, model: Make | None = None) -> nn
         ValueError: the file is damaged, or the model is not known here or another.
     """
     kept, config, data = _read(Path(folder), run_id)
-    channels, size = data.train_images.shape[1:3]
-    shape = {"classes": data.classes, "width": config["width"], "channels": channels, "size": size}
+    shape = {**data.model_shape, "width": config["width"]}
     seed = derive(config["seed"], "initial weights")  # what is frozen is as it was drawn
     if model is None:
         module = build_model(config["model"], **shape, seed=seed)
@@ -126,7 +125,8 @@ def _read(folder: Path, run_id: str) -> tuple[KeptModel, dict, Dataset]:
     pixels = torch.zeros(1, *shape, dtype=torch.uint8 if rest["scale"] > 1 else torch.float32)
     tensors = {key: pixels if key.endswith("images") else torch.zeros(1, dtype=torch.int64) for key in KEYS}
     about = {"source": facts.get("source", ""), "sha256": facts.get("sha256", ""), "variant": facts.get("variant", "")}
-    return kept, config, Dataset(name=name, **tensors, **rest, **about)
+    data = Dataset(name=name, **tensors, **rest, **about)
+    return kept, config, as_published(data) if config["method_options"].get("normalisation") == "published" else data
 
 
 def _padded(shape: tuple[int, int], model: str) -> tuple[int, int, int]:

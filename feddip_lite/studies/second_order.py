@@ -40,8 +40,8 @@ def hessian_diagonal(module: nn.Module, weights: Mapping[str, Tensor], images: T
 
         H_ii = mean of sum_c p_c (dz_c/dw_i - sum_k p_k dz_k/dw_i)^2
 
-    So nothing need be drawn. An estimate by random probes z * Hz (Hutchinson's) has the variance
-    sum over j != i of H_ij^2, which at a trained LeNet-5 hides all of it.
+    So nothing need be drawn: an estimate by random probes z * Hz (Hutchinson's) has the variance
+    sum over j != i of H_ij^2, which may hide it.
     """
 
     def logits(own: Mapping[str, Tensor], image: Tensor) -> Tensor:
@@ -61,8 +61,7 @@ def hessian_diagonal(module: nn.Module, weights: Mapping[str, Tensor], images: T
 
 def diagonals(kept: KeptModel, model: str, width: float, data: Dataset, samples: int, seed: int) -> Tensor:
     """The diagonal of the Hessian (2, P) at a kept model, on each half of `samples` training images drawn by `seed`."""
-    image = data.train_images[0]
-    built = build_model(model, classes=data.classes, width=width, channels=len(image), size=image.shape[-1]).eval()
+    built = build_model(model, **data.model_shape, width=width).eval()
     draw = torch_generator(seed, "second order samples")
     order = torch.randperm(len(data.train_labels), generator=draw)[:samples]
     weights = {slot.name: slot.of(kept.weights) for slot in kept.layout.slots}

@@ -31,7 +31,7 @@ def evaluate(
     model.module.eval()
     losses, ranks = [], []
     # A model that draws even here, by F.dropout without `training`, draws the same for the same samples.
-    with torch.inference_mode(), model.drawing(int(indices[0])):
+    with torch.inference_mode(), model.drawing(seed=0):
         for batch in indices.split(EVALUATION_BATCH if indices.device.type == "cpu" else len(indices)):
             labels = data.test_labels[batch][:, None]
             logits = model.kernels.logits(normalise(data.test_images[batch], data))

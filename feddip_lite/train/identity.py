@@ -84,8 +84,7 @@ def known_model(make: object, config: Config, data: Dataset) -> str:
     """
     if not callable(make):
         raise ValueError(f"model: a {type(make).__name__}; expected an nn.Module, or what makes one")
-    own, size = OwnModel(make), data.train_images.shape[2]
-    shape = {"classes": data.classes, "width": config.width, "channels": data.train_images.shape[1], "size": size}
-    name = f"own-{fingerprint(make, built(own, 0, **shape))[:8]}"
+    own = OwnModel(make)
+    name = f"own-{fingerprint(make, built(own, 0, **data.model_shape, width=config.width))[:8]}"
     MODELS[name] = own
     return name

@@ -109,8 +109,7 @@ def fitting(data: Dataset, config: Config) -> tuple[Dataset, dict]:
     gets square images that are large enough; one of your own gets them as they are, with their height as `size`."""
     if own_model(config.model) is None:
         data = fit_images(data, *INPUT_SHAPES.get(config.model, (data.train_images.shape[1], 14)))
-    channels, size = data.train_images.shape[1:3]
-    return data, {"classes": data.classes, "width": config.width, "channels": channels, "size": size}
+    return data, {**data.model_shape, "width": config.width}
 
 
 def check_own(module: nn.Module, data: Dataset, split: Split, config: Config) -> bool:

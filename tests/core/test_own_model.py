@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from feddip_lite import load_model, run
 from feddip_lite.core.errors import Note
 from feddip_lite.core.flat import FlatModel, Layout, uses_per_sample
-from feddip_lite.core.models import MODELS, build_model, stock
+from feddip_lite.core.models import build_model, stock
 from feddip_lite.core.own_model import OwnModel, check_model, fingerprint, own_model, register_model, source_of
 from feddip_lite.data.datasets import normalise
 from feddip_lite.methods import METHODS
@@ -23,13 +23,7 @@ from feddip_lite.train.observe import LastState
 RUN = {"clients": 6, "clients_per_round": 3, "rounds": 2, "mask_interval": 1, "batch_size": 64, "width": 1.0}
 
 
-@pytest.fixture(autouse=True)
-def models():
-    """What a test registers is forgotten with it."""
-    before = dict(MODELS)
-    yield
-    MODELS.clear()
-    MODELS.update(before)
+pytestmark = pytest.mark.usefixtures("forgetting")
 
 
 class Everything(nn.Module):
@@ -235,6 +229,26 @@ def test_fingerprint_tells_structure_source_freezing_and_given_weights_apart_and
     with torch.no_grad():
         same.weight[0, 0] += 1
     assert fingerprint(same, same) != prints[2]
+
+
+def test_fingerprint_tells_layers_without_weights_and_their_settings_apart():
+    linear = nn.Linear(3, 3)
+    between = (nn.ReLU(), nn.Tanh(), nn.Dropout(0.3), nn.Dropout(0.5))
+    modules = [nn.Sequential(copy.deepcopy(linear), layer) for layer in between]
+    assert len({fingerprint(module, module) for module in modules}) == len(modules)
+
+    def maker(rate):
+        return lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(rate))
+
+    makers = maker(0.3), maker(0.5)  # one source, another closure
+    assert len({fingerprint(make, make()) for make in makers}) == 2
+
+
+def test_kept_dense_names_whole_modules():
+    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    module.kept_dense = ("1",)
+    dense = {slot.name for slot in Layout.of(module).slots} - {slot.name for slot in Layout.of(module).prunable_slots}
+    assert {name for name in dense if name.endswith("weight")} == {"1.weight"}
 
 
 def test_source_tells_methods_values_and_own_bases_of_a_class_apart():

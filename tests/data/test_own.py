@@ -18,13 +18,7 @@ PARTS = IMAGES[:20], LABELS[:20], IMAGES[20:], LABELS[20:]
 RUN = {"clients": 2, "clients_per_round": 2, "rounds": 1, "width": 0.3}
 
 
-@pytest.fixture(autouse=True)
-def forgotten():
-    """What a test registers is forgotten with it."""
-    before = dict(DATASETS)
-    yield
-    DATASETS.clear()
-    DATASETS.update(before)
+pytestmark = pytest.mark.usefixtures("forgetting")
 
 
 def test_every_shape_of_the_same_images_is_the_same_data():
@@ -64,6 +58,11 @@ def test_images_are_normalised_by_the_training_sets_own_moments_unless_told():
     torch.testing.assert_close(normalise(told.train_images, told), told.train_images / 255)
     flat = own_dataset((np.full((6, 8, 8), 9, np.uint8), LABELS[:6], np.zeros((3, 8, 8), np.uint8), LABELS[:3]))
     assert normalise(flat.train_images, flat).isfinite().all()
+
+
+def test_what_a_model_sees_of_the_same_samples_is_in_their_fingerprint():
+    more = [{}, {"augmentation": "zeros"}, {"mean": (0, 0, 0)}, {"std": (1, 1, 1)}]
+    assert len({own_dataset(PARTS, **each).name for each in more}) == len(more)
 
 
 @pytest.mark.parametrize(

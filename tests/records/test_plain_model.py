@@ -11,7 +11,7 @@ from torch import nn
 import feddip_lite
 from feddip_lite import load_model, load_results, run
 from feddip_lite.core.models import MODELS
-from feddip_lite.data.datasets import DATASETS, fit_images, load_dataset, normalise
+from feddip_lite.data.datasets import DATASETS, as_published, fit_images, load_dataset, normalise
 from feddip_lite.records.plain_model import export_model, pixels_of
 from feddip_lite.records.store import read_mask
 
@@ -19,13 +19,7 @@ MODEL = pytest.mark.parametrize("model", ["lenet5", "alexnet", "resnet18"])
 RUN = {"rounds": 3, "mask_interval": 1, "clients": 4, "clients_per_round": 2, "lr": 0.05}
 
 
-@pytest.fixture(autouse=True)
-def forgotten():
-    before = dict(MODELS), dict(DATASETS)
-    yield
-    for names, kept in zip((MODELS, DATASETS), before, strict=True):
-        names.clear()
-        names.update(kept)
+pytestmark = pytest.mark.usefixtures("forgetting")
 
 
 def recorded(folder, model, width=0.15):
@@ -125,3 +119,19 @@ def test_other_suffixes_and_missing_runs_are_one_line(tmp_path):
         export_model(tmp_path, run_id, tmp_path / "model.h5")
     with pytest.raises(FileNotFoundError, match="no such run"):
         feddip_lite.load_model(tmp_path, "nothing")
+
+
+def test_the_published_normalisation_of_a_run_goes_into_its_program(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    arrays = {f"{part}_images": draw.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8) for part in ("train", "test")}
+    arrays |= {f"{part}_labels": np.arange(200, dtype=np.uint8) % 100 for part in ("train", "test")}
+    np.savez(tmp_path / "cifar100.npz", **arrays)
+    monkeypatch.setenv("FEDDIP_DATA", str(tmp_path))
+    options = {"method_options": {"normalisation": "published"}}
+    config = tiny_config(dataset="cifar100", model="resnet18", width=0.05, **{**RUN, "rounds": 1}, **options)
+    run_id = run(config, results_dir=tmp_path / "results", progress=False).attrs["run_id"]
+    data = load_dataset("cifar100")
+    images = data.test_images[:5]
+    module, program = load_model(tmp_path / "results", run_id), pixels_of(tmp_path / "results", run_id)
+    assert torch.equal(program(images), module(normalise(images, as_published(data))))
+    assert not torch.equal(program(images), module(normalise(images, data)))

@@ -27,8 +27,7 @@ from ...train.setup import layout_of
 def sparse_model(state: ServerState, data: Dataset, config: Config) -> nn.Module:
     """The sparse global model w*m of a run of `config` as a module of `core/models.py`, on the CPU and in evaluation
     mode; `data` is the run's `Clients.data`, whose images fit the model."""
-    channels, size = data.train_images.shape[1:3]
-    module = build_model(config.model, classes=data.classes, width=config.width, channels=channels, size=size)
+    module = build_model(config.model, **data.model_shape, width=config.width)
     layout, mask = layout_of(module, config), state.mask.cpu()
     kept = KeptModel(layout, layout.masked(state.weights.cpu(), mask), mask, state.buffers.cpu())
     module.load_state_dict(kept.state_dict(), strict=False)  # BatchNorm's count of batches is nobody's
