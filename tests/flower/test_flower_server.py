@@ -345,7 +345,7 @@ def test_a_node_names_classes_as_the_registered_data_does_and_palettes_are_never
     with pytest.raises(ValueError, match="labels: 'wasp' is not valid; expected one of ant, bee"):
         flower_client.own_data(config, 1, "", str(tmp_path / "site"))
     assert flower_client.numbered(np.array(["3", "0"]), ()).tolist() == [3, 0]
-    with pytest.raises(ValueError, match="labels: 'bee' is not valid; expected numbers of classes"):
+    with pytest.raises(ValueError, match="labels: 'ant' is not valid; expected numbers of classes"):
         flower_client.numbered(labels, ())
 
 
