@@ -11,7 +11,6 @@ READY     := .venv/.ready
 FLOWER    := .venv/.flower
 INSTALL   := $(PY) -m uv pip install --python $(PY) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
              $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 # The environment stands on its own: nothing of a conda or virtual environment that happens to be active reaches it.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_USER UV_SYSTEM_PYTHON MPLBACKEND
@@ -30,7 +29,7 @@ export CUDA_CACHE_PATH     := $(STATE)/cuda
 .DEFAULT_GOAL := help
 # Each target uses all cores by itself; side by side they would only disturb one another (and share one environment).
 .NOTPARALLEL:
-.PHONY: help setup doctor test reproduce figures sweep compare test-slow flower flower-test gpu bench lint lab \
+.PHONY: help setup doctor test reproduce notebooks figures sweep compare test-slow flower flower-test gpu bench lint lab \
         clean clean-env
 
 help:       ## show this list
@@ -50,6 +49,10 @@ test: $(READY)   ## the tests, then every notebook with its quick profile
 
 reproduce: $(READY) ## run all notebooks into build/$(PROFILE)/ and write one HTML report
 	$(PY) tools/reproduce.py --profile $(PROFILE)
+
+notebooks: $(READY) ## run all notebooks on the quick profile, and keep their outputs in notebooks/
+	$(PY) tools/reproduce.py --profile quick
+	$(PY) tools/notebooks.py
 
 figures: $(READY) ## redraw every figure and table from results/, no training
 	$(PY) tools/publish.py
@@ -78,11 +81,10 @@ gpu:             ## all that a GPU is asked for, in MINUTES=8 into OUT=build/gpu
 bench: $(READY)  ## time the engine against stock operators
 	$(PY) -m benchmarks engine
 
-lint: $(READY)   ## style, formatting, layers, notebooks without outputs
+lint: $(READY)   ## style, formatting, layers
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports
-	$(if $(NOTEBOOKS),$(PY) -m nbstripout --keep-id --verify $(NOTEBOOKS))
 
 lab: $(READY)    ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

@@ -6,7 +6,7 @@
   recorded runs of FedDIP (profile lite, IID, seed 0) ended with. What is measured depends on the mask alone, so weights
   are initial ones. Forms: dense, CSR linear layers, dead channels removed, both.
 
-One thread. From the record notebook 09, a part of the README and two claims are made; it has the machine's load before
+One thread. From the record notebook 10, a part of the README and two claims are made; it has the machine's load before
 and after. Data: Fashion-MNIST, CIFAR-10, CIFAR-100.
 """
 
@@ -25,8 +25,15 @@ from feddip_lite.records.catalogue import recorded
 from feddip_lite.records.provenance import provenance
 from feddip_lite.records.store import ROOT, read_mask
 from feddip_lite.studies.cost.client import CLIENTS, client_rows
-from feddip_lite.studies.cost.export import sparse_model
-from feddip_lite.studies.cost.measure import inference_rows, largest_linear, layer_rows, model_name, sizes, untouched
+from feddip_lite.studies.cost.measure import (
+    inference_rows,
+    largest_linear,
+    layer_rows,
+    model_name,
+    sizes,
+    sparse_model,
+    untouched,
+)
 
 MODELS = (
     {"dataset": "fashionmnist", "model": "lenet5"},

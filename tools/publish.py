@@ -7,6 +7,7 @@ follows from results/, benchmarks/ and params/: nothing is trained, and writing 
 import argparse
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -14,14 +15,17 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from feddip_lite.records.catalogue import RECORDED, comparable, main_runs, profile_queue, recorded, rows_choosing_masks
-from feddip_lite.records.names import HEADLINE, splits
-from feddip_lite.records.store import ROOT, atomic_write
+from feddip_lite.records.names import HEADLINE, SHARED_START, splits
+from feddip_lite.records.store import ROOT, atomic_write, headline
 from feddip_lite.report import curves, diagrams
-from feddip_lite.report.style import save_figure
+from feddip_lite.report.statistics import interval, paired
+from feddip_lite.report.style import grid, headed, name_points, save_figure, style
 from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
 from feddip_lite.studies import chosen, equal_bytes, ingredients, layers, second_order, sparsity_sweep, start
 from feddip_lite.studies.bound import figures as bound_figures
@@ -30,6 +34,12 @@ from feddip_lite.studies.claims import RULE, claims_table
 from feddip_lite.studies.cost import figures as cost_figures
 from feddip_lite.studies.cost import tables as cost_tables
 
+sys.path.insert(0, str(Path(__file__).parent))
+from report import answer_of
+
+MAIN = ("lite", "lenet5_fashionmnist")
+"""The main comparison: profile and name."""
+EVEN = {"model": "lenet5", "dataset": "fashionmnist", "partition": "iid"}
 Named = Iterator[tuple[str, Figure]]
 """File names without suffix, and their figures; none where nothing is recorded."""
 
@@ -66,6 +76,24 @@ def ideas(root: Path) -> Named:
     yield "schedules", diagrams.schedules(*shape)
 
 
+def first_look(root: Path) -> Named:
+    """The README's figure: accuracy against bytes, and accuracy where hardly anything is left."""
+    runs = comparisons(root).get(MAIN)
+    swept = sparsity_sweep.recorded_sweep(recorded("lite", root / "results", **EVEN))
+    if runs is None or not len(comparable(runs)) or not len(swept):
+        return
+    with style():
+        figure, ((left, right),) = grid(1, 2, 4.0)
+        points = curves.bytes_panel(left, runs, splits(runs)[0])
+        sparsity_sweep.accuracy_panel(right, swept)
+        left.set_title("Accuracy against bytes, a point per method", loc="left")
+        where = f", {SHARED_START}" if SHARED_START in swept["setting"].iloc[0] else ""
+        right.set_title(f"Towards extreme sparsity{where}", loc="left")
+        headed(figure, f"{', '.join(runs['setting'].iloc[0].split(', ')[:4])}; {splits(runs)[0]}")
+        name_points(left, points)
+    yield "first_look", figure
+
+
 def accuracies(root: Path) -> Named:
     """Accuracy against rounds and bytes, of the paper's own question and of every method; one set per comparison."""
     for (profile, name), runs in comparisons(root).items():
@@ -100,7 +128,7 @@ def masks(root: Path) -> Named:
 
 def extreme(root: Path) -> Named:
     """Accuracy against target sparsity, and each of FedDIP's settings changed alone."""
-    records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist", partition="iid")
+    records = recorded("lite", root / "results", **EVEN)
     swept = sparsity_sweep.recorded_sweep(records)
     if len(swept):
         yield "extreme_sparsity", sparsity_sweep.sweep(swept, "Recorded, profile lite")
@@ -124,7 +152,7 @@ def bound(root: Path) -> Named:
 
 def cost(root: Path) -> Named:
     """Bytes of the recorded runs; latency and size of pruned models as `python -m benchmarks cost` measured them."""
-    runs = comparisons(root).get(("lite", "lenet5_fashionmnist"))
+    runs = comparisons(root).get(MAIN)
     if runs is not None:
         even = runs[runs["split"] == splits(runs)[0]]
         yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
@@ -139,7 +167,7 @@ def cost(root: Path) -> Named:
 def findings(root: Path) -> Named:
     """The questions of docs/findings.md, each as soon as what it compares is recorded."""
     records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist")
-    title, usual = "Recorded, profile lite", comparisons(root).get(("lite", "lenet5_fashionmnist"))
+    title, usual = "Recorded, profile lite", comparisons(root).get(MAIN)
     varied = ingredients.ingredients(records)
     if set(ingredients.FEEDBACK) <= set(varied["fed_back"]):
         yield "ingredients", ingredients.crossed(varied, f"{title}: feedback and penalty")
@@ -159,7 +187,7 @@ def findings(root: Path) -> Named:
         yield "equal_bytes", equal_bytes.for_equal_bytes(forms, f"{title}: dense models for FedDIP's bytes")
 
 
-PARTS = (ideas, accuracies, masks, extreme, bound, cost, findings)
+PARTS = (ideas, first_look, accuracies, masks, extreme, bound, cost, findings)
 
 
 # ---- README and docs
@@ -167,14 +195,15 @@ PARTS = (ideas, accuracies, masks, extreme, bound, cost, findings)
 
 def generated_parts(root: Path) -> dict[tuple[str, str], str]:
     """(file, name in its markers) -> Markdown, for the checkout at `root`."""
-    claims = claims_part(root)
     return {
-        ("README.md", "methods"): methods_part(),
-        ("README.md", "results"): results_part(root),
-        ("README.md", "claims"): claims,
-        ("README.md", "cost"): cost_part(root),
-        ("README.md", "benchmark"): benchmark_part(root),
-        ("docs/claims.md", "claims"): claims.replace("](notebooks/", "](../notebooks/"),
+        ("README.md", "found"): found_part(root),
+        ("README.md", "headline"): headline_part(root),
+        ("README.md", "notebooks"): notebooks_part(root),
+        ("docs/methods.md", "methods"): methods_part(),
+        ("docs/results.md", "results"): results_part(root),
+        ("docs/claims.md", "claims"): claims_part(root),
+        ("docs/cost.md", "cost"): cost_part(root),
+        ("docs/speed.md", "benchmark"): benchmark_part(root),
         **{("docs/findings.md", f"question-{number}"): text for number, text in questions(root).items()},
     }
 
@@ -204,6 +233,75 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def found_part(root: Path) -> str:
+    """What was found, in three sentences: accuracy for bytes, the growing penalty, and the best other method."""
+    runs = comparisons(root).get(MAIN)
+    if runs is None:
+        return NOTHING
+    finals = headline(runs[runs["split"] == splits(runs)[0]])
+    dense, plain = (_points(paired(finals, "FedDIP", other)) for other in ("FedAvg", "FedDP"))
+    share = 100 * paired(finals, "FedDIP", "FedAvg", "mib", ratio=True).mean()
+    other = best_other(finals)
+    more = _points(paired(finals, other, "FedDIP"))
+    fewer = 100 * paired(finals, other, "FedDIP", "mib", ratio=True).mean()
+    return (
+        f"With a tenth of LeNet-5's weights, FedDIP's accuracy on Fashion-MNIST minus FedAvg's is {dense}, for "
+        f"{share:.0f} % of the bytes. Minus FedDP's, which is the same without the growing penalty, it is {plain}. "
+        f"The most accurate of the other methods that prune as far, {other}, is at {more} against FedDIP, for "
+        f"{fewer:.0f} % of its bytes ({splits(runs)[0]}, 95 % intervals over seeds). "
+        "What that says of the paper's claims: [docs/claims.md](docs/claims.md)."
+    )
+
+
+def _points(differences: np.ndarray) -> str:
+    mean, half = (100 * value for value in interval(differences))
+    return f"{mean:+.1f} points (n={len(differences)})" if np.isnan(half) else f"{mean:+.1f} ± {half:.1f} points"
+
+
+def best_other(finals: pd.DataFrame) -> str:
+    """The label of the method beside the paper's own, of those that end as sparse, that is furthest above FedDIP,
+    paired by seed; empty without any."""
+    sparse = finals[(finals["sparsity"] > 0.79) & ~finals["method"].isin(HEADLINE)]
+    gains = {label: paired(finals, label, "FedDIP").mean() for label in sparse["label"].unique()}
+    return max(gains, key=gains.get, default="")
+
+
+def headline_part(root: Path) -> str:
+    """The paper's own question in a table: FedAvg, FedDP, FedDIP and the best other method of each comparison."""
+    tables = []
+    for runs in comparisons(root).values():
+        finals, table, words = headline(runs), results_table(runs), runs["setting"].iloc[0].split(", ")
+        where = ", ".join([*words[:3], *(word for word in words if word.startswith("width"))])
+        if SHARED_START in words:  # not FedDIP's own start: docs/results.md has it
+            continue
+        for split in splits(runs):
+            shown = ["FedAvg", "FedDP", "FedDIP", best_other(finals[finals["split"] == split])]
+            rows = table[(table["partition"] == split) & table["method (preset)"].isin(shown)]
+            tables.append(rows.assign(partition=f"{where}; {split}").rename(columns={"partition": "experiment"}))
+    if not tables:
+        return NOTHING
+    columns = ["experiment", "method (preset)", "final accuracy", "accuracy minus FedAvg's", "share of FedAvg's bytes"]
+    table = pd.concat(tables)[columns].rename(columns={"method (preset)": "method"})
+    table.loc[table.duplicated("experiment"), "experiment"] = ""
+    return markdown(table)
+
+
+def notebooks_part(root: Path) -> str:
+    """A row per notebook: its question, and the answer that its outputs give."""
+    rows = []
+    for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        question = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+        link = f"[{path.stem[:2]} {path.stem[3:].replace('_', ' ')}](notebooks/{path.name})"
+        rows.append({"notebook": link, "question": question, "answer": first_sentence(answer_of(notebook))})
+    return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence; links and cells of a table cannot stand in it."""
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z])", text.replace("|", "\\|").strip(), maxsplit=1)[0]
+
+
 def methods_part() -> str:
     """What each method is, and what was assumed for the reconstructions."""
     table = methods_table().astype(str).replace(r"([|*])", r"\\\1", regex=True)
@@ -221,10 +319,10 @@ def results_part(root: Path) -> str:
 
 
 def claims_part(root: Path) -> str:
-    """The settings, every claim and its verdict, and the rule behind the verdicts; links start from the checkout."""
+    """The settings, every claim and its verdict, and the rule behind the verdicts."""
     table = claims_table(root / "results", root / "params" / "claims.yaml")
     table = table[table["question"] == 0].drop(columns="question")
-    links = [f"[{name[:2]}](notebooks/{name}.ipynb)" for name in table["notebook"]]
+    links = [f"[{name[:2]}](../notebooks/{name}.ipynb)" for name in table["notebook"]]
     again = table.duplicated(["claim", "source", "notebook"])  # a claim's further settings
     table = table.assign(notebook=links)
     table.loc[again, ["claim", "source", "notebook"]] = ""

@@ -10,29 +10,23 @@ with its name and the error, and none is started after it; its copy is kept, wit
 import argparse
 import ast
 import contextlib
-import html
 import logging
 import os
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import datetime
 from pathlib import Path
 
 import nbformat
 import papermill
 import psutil
-from jinja2 import DictLoader, pass_context
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellTimeoutError
-from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from nbformat import NotebookNode
 
-from feddip_lite import doctor
-from feddip_lite.records import provenance
 from feddip_lite.records.catalogue import PROFILES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK_CELL_SECONDS = 300  # as in `make test`; the longer profiles train for hours in one cell and have no limit
@@ -133,96 +127,6 @@ def run_all(notebooks: list[Path], out: Path, profile: str, cell_seconds: int | 
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return dict(sorted(errors.items()))
-
-
-class MathMLRenderer(IPythonRenderer):
-    """Formulas as MathML, which browsers draw by themselves: the report needs no script from elsewhere."""
-
-    def inline_math(self, body: str) -> str:
-        return mathml(body, "inline")
-
-    def block_math(self, body: str) -> str:
-        return mathml(body, "block")
-
-    def latex_environment(self, name: str, body: str) -> str:
-        return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
-
-
-def mathml(tex: str, display: str) -> str:
-    """A TeX formula as MathML, or as its own text where the converter is missing or does not understand it."""
-    plain = re.sub(r"\\(begin|end)\{equation\*?\}", "", tex).replace("{aligned}", "{align*}")  # same, as it knows them
-    try:
-        from latex2mathml.converter import convert
-
-        # Without the namespace: HTML needs none, and nbconvert would turn it into a prefix inside headings.
-        return convert(plain.strip(), xmlns="", display=display).replace(' xmlns=""', "")
-    except Exception:  # the converter raises a different error for every construct it does not know
-        return f"<code>{html.escape(tex)}</code>"
-
-
-class ReportExporter(HTMLExporter):
-    """nbconvert's page without its scripts, with MathML, embedded images and a way back to the index."""
-
-    @pass_context
-    def markdown2html(self, context, source):
-        path = context.get("resources", {}).get("metadata", {}).get("path", "")
-        attachments = context.get("cell", {}).get("attachments", {})
-        renderer = MathMLRenderer(escape=False, attachments=attachments, embed_images=True, path=path)
-        return MarkdownWithMath(renderer=renderer).render(source)
-
-
-PAGE = """{% extends 'lab/index.html.j2' %}
-{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block body_header %}{{ super() }}
-<p style="margin: 1em; font-family: sans-serif"><a href="index.html">All notebooks</a></p>{% endblock %}"""
-INDEX = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>feddip_lite: {profile} profile</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1rem; color: #222; }}
-h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }} p {{ color: #555; }} a {{ color: #0b5cad; }}
-table {{ border-collapse: collapse; width: 100%; margin: 1.5rem 0; }}
-th, td {{ text-align: left; padding: .5rem .8rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
-td:last-child, th:last-child {{ text-align: right; white-space: nowrap; }} .failed {{ color: #b00020; }}
-</style></head><body><h1>FedDIP, reproduced: the {profile} profile</h1><p>{where}</p>
-<table><tr><th>Notebook</th><th>Question</th><th>Run time</th></tr>{rows}</table></body></html>
-"""
-
-
-def write_report(out: Path, sources: Path, profile: str, errors: dict[str, str]) -> Path:
-    """Write one HTML page per executed copy in `out` and an index of them; returns the index."""
-    exporter = ReportExporter(embed_images=True, extra_loaders=[DictLoader({"report.html.j2": PAGE})])
-    exporter.template_file = "report.html.j2"
-    rows = []
-    for source in select(sources, []):
-        if not (copy := out / source.name).exists():  # left out by --only, and never run before
-            continue
-        notebook = nbformat.read(copy, as_version=4)
-        resources = {"metadata": {"name": copy.stem, "path": str(sources)}}  # images are relative to the source
-        page, _ = exporter.from_notebook_node(notebook, resources)
-        page = re.sub(r'(href="(?:\./)?\d\d_[\w-]+)\.ipynb', r"\1.html", page)  # previous and next notebook
-        copy.with_suffix(".html").write_text(page, encoding="utf-8")
-        rows.append(index_row(copy.stem, notebook, errors.get(copy.stem)))
-    where = f"feddip_lite {doctor.version('feddip-lite')} ({(provenance.commit() or 'no commit')[:12]}), "
-    where += f"torch {doctor.version('torch')}, "
-    where += f"{provenance.device_name()}, {os.cpu_count()} CPU cores; written {datetime.now():%Y-%m-%d %H:%M}"
-    index = out / "index.html"
-    index.write_text(INDEX.format(profile=profile, where=html.escape(where), rows="".join(rows)), encoding="utf-8")
-    return index
-
-
-def index_row(name: str, notebook: NotebookNode, error: str | None) -> str:
-    """The table row of one notebook: link, the question in its first heading, run time or error."""
-    prose = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    headings = (re.search(r"^# +(.+)$", source, re.MULTILINE) for source in prose)
-    question = html.escape(next((match[1] for match in headings if match), ""))
-    facts = notebook.metadata.get("papermill", {})
-    seconds = facts.get("duration")
-    took = f"{seconds:.1f} s" if seconds is not None else "not finished"
-    if error or facts.get("exception"):
-        took = '<span class="failed">failed</span>'
-        question += f' <br><span class="failed">{html.escape(error or "an earlier run failed")}</span>'
-    return f'<tr><td><a href="{name}.html">{name}</a></td><td>{question}</td><td>{took}</td></tr>'
 
 
 def main(arguments: list[str] | None = None) -> int:

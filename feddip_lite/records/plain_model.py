@@ -95,7 +95,7 @@ def program(module: nn.Module, images: Tensor, form: str) -> bytes:
     the same bytes. Raises ValueError for ".onnx" without onnx and onnxscript."""
     number, buffer = {0: torch.export.Dim.DYNAMIC}, io.BytesIO()
     with torch.enable_grad():  # without, our layers take faster operators, which other machines may lack
-        exported = torch.export.export(module.eval(), (images.contiguous(),), dynamic_shapes=(number,))
+        exported = torch.export.export(module.eval(), (images.clone(memory_format=torch.contiguous_format),), dynamic_shapes=(number,))
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the code lies on this machine
     if form == ".pt2":

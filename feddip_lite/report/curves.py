@@ -125,34 +125,47 @@ def _zoom(panel: Axes, rows: pd.DataFrame) -> None:
 
 @styled
 def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
-    """Final accuracy against all bytes of the run, a panel per partition, a point per method: its colour tells the
-    family, its bar the 95 % interval over seeds (three or more); where no method shown has one, a grey bar is
-    FedDIP's. Further up and further left is better; the dotted line joins the methods that none beats in both. The
-    preset `memory`, whose interval would hide the rest, is left out, and so are seeds that not all methods have."""
-    every = told_apart(results[results["preset"] != "memory"])
-    results = comparable(every)
-    runs, rows = headline(results), splits(results)
-    figure, axes = style.grid(1, len(rows), 4.2)
-    pending = []
-    for panel, split in zip(axes[0], rows, strict=True):
-        own = runs[runs["split"] == split]
-        points = [_point(panel, own[own["label"] == label], label) for label in labels(own)]
-        best = [(x, y) for x, y, _ in sorted(points) if not any(a <= x and b > y for a, b, _ in points)]
-        panel.plot(*zip(*best, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=0)
-        panel.set_title(split, loc="left")
-        panel.set_ylabel("final accuracy")
-        panel.set(xscale="log", xlim=(runs["mib"].min() / 1.3, runs["mib"].max() * 1.4), xlabel=AXES["mib"])
-        style.log_ticks(panel.xaxis)
-        bar = own.groupby("label").size().max() < 3 and _seed_bar(panel, every[every["split"] == split])
-        pending.append((panel, points))
+    """Final accuracy against all bytes of the run (`bytes_panel`), a panel per partition."""
+    splits_shown = splits(results)
+    figure, axes = style.grid(1, len(splits_shown), 4.2)
+    panels = dict(zip(splits_shown, axes[0], strict=True))
+    points = {split: bytes_panel(panel, results, split) for split, panel in panels.items()}
+    runs = headline(comparable(results[results["preset"] != "memory"]))
     style.family_legend(figure, [name for name in FAMILIES if name in set(runs["method"].map(family_of))])
-    words = "hollow: a preset or form of a method; dotted: the methods that none beats in both"
-    words += "; grey bar: 95 % interval of FedDIP over its seeds" * bool(bar)
     seeds = counted(title, runs.groupby(["split", "label"]).size())
-    style.headed(figure, seeds, results["setting"].iloc[0], words)
-    for panel, points in pending:
-        style.name_points(panel, points)
+    style.headed(figure, seeds, results["setting"].iloc[0], BYTES_WORDS)
+    for split, panel in panels.items():
+        style.name_points(panel, points[split])
     return figure
+
+
+BYTES_WORDS = (
+    "hollow: a preset or form of a method; dotted: the methods that none beats in both; grey bar at the edge: 95 % "
+    "interval of FedDIP over its seeds, where the methods have none"
+)
+
+
+def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[float, float, str]]:
+    """Final accuracy against all bytes of the run in one partition, a point per method: its colour tells the family,
+    its bar the 95 % interval over seeds (three or more); where no method shown has one, a grey bar is FedDIP's. Further
+    up and further left is better; the dotted line joins the methods that none beats in both. The preset `memory`, whose
+    interval would hide the rest, is left out, and so are seeds that not all methods have.
+
+    Returns: the points and their names, for `style.name_points` to write when nothing moves any more.
+    """
+    every = told_apart(results[results["preset"] != "memory"])
+    runs = headline(comparable(every))
+    own = runs[runs["split"] == split]
+    points = [_point(panel, own[own["label"] == label], label) for label in labels(own)]
+    best = [(x, y) for x, y, _ in sorted(points) if not any(a <= x and b > y for a, b, _ in points)]
+    panel.plot(*zip(*best, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=0)
+    panel.set_title(split, loc="left")
+    panel.set_ylabel("final accuracy")
+    panel.set(xscale="log", xlim=(runs["mib"].min() / 1.3, runs["mib"].max() * 1.4), xlabel=AXES["mib"])
+    style.log_ticks(panel.xaxis)
+    if own.groupby("label").size().max() < 3:
+        _seed_bar(panel, every[every["split"] == split])
+    return points
 
 
 def averaged(results: pd.DataFrame, x: str, y: str, window: int = 1) -> pd.DataFrame:
@@ -190,9 +203,8 @@ def _point(panel: Axes, runs: pd.DataFrame, label: str) -> tuple[float, float, s
     return x, mean, label
 
 
-def _seed_bar(panel: Axes, every: pd.DataFrame) -> bool:
-    """At the right edge, FedDIP's interval, if it was run three times; whether it was."""
+def _seed_bar(panel: Axes, every: pd.DataFrame) -> None:
+    """At the right edge, FedDIP's interval, if it was run three times."""
     mean, half = interval(headline(every[every["label"] == "FedDIP"])["accuracy"])
     if np.isfinite(half):
         panel.errorbar(panel.get_xlim()[1] / 1.07, mean, half, color=GREY, capsize=3)
-    return bool(np.isfinite(half))

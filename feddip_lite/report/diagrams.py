@@ -5,7 +5,7 @@ They show definitions and small examples, never results of runs (`curves.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.sparsity import num_kept, topk_mask
-from .style import AXES, INK, grid, headed, round_axis, styled
+from .style import AXES, INK, grid, round_axis, styled
 
 KEPT, PRUNED, BLUE = "#d55e00", "#c9ced3", "#0072b2"
 SERVER, CLIENT = "#fdece2", "#e6f1f8"  # fills
@@ -114,20 +114,6 @@ def matrices(panels: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
 
 
 @styled
-def layer_densities(models: Mapping[str, Mapping[str, float]], title: str) -> Figure:
-    """Bars of the density of each prunable tensor, a panel per model. Values: {model: {tensor: density}}."""
-    widths = [len(layers) + 2 for layers in models.values()]
-    look = {"figsize": (11, 3.6), "width_ratios": widths, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(models), squeeze=False, **look)
-    for panel, (model, layers) in zip(axes[0], models.items(), strict=True):
-        sns.barplot(layers, color=BLUE, ax=panel)
-        panel.tick_params(axis="x", rotation=90, labelsize=8)
-        panel.set(title=model, ylim=(0, 1.05), ylabel="density, share of weights kept")
-    headed(figure, title)
-    return figure
-
-
-@styled
 def schedules(rounds: int, initial: float, final: float, peak: float, steps: int) -> Figure:
     """The schedules of FedDIP over `rounds` rounds: sparsity, and the penalty by Eq. 3 and by the published code."""
     figure, axes = grid(1, 2, 2.8)
@@ -142,36 +128,4 @@ def schedules(rounds: int, initial: float, final: float, peak: float, steps: int
     axes[0][1].legend(loc="lower right")
     for panel in axes[0]:
         round_axis(panel)
-    return figure
-
-
-@styled
-def trajectories(loss: Callable, paths: Mapping[str, np.ndarray], window: tuple[float, float, float, float]) -> Figure:
-    """Two-dimensional training paths over the contours of `loss(x, y)`. Values of `paths`: (steps, 2)."""
-    figure, panel = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    x, y = np.meshgrid(np.linspace(*window[:2], 200), np.linspace(*window[2:], 200))
-    panel.contour(x, y, loss(x, y), levels=16, colors="#c3cad1", linewidths=0.8)
-    looks = (("o-", KEPT), ("^-", BLUE), ("s-", INK))
-    for (name, path), (mark, colour) in zip(paths.items(), looks, strict=False):
-        panel.plot(path[:, 0], path[:, 1], mark, color=colour, markersize=4, lw=1.2, label=name)
-        panel.plot(*path[-1], mark[0], color=colour, markersize=11, markerfacecolor="white", markeredgewidth=2)
-    panel.axhline(0, color=INK, lw=0.8)
-    panel.axvline(0, color=INK, lw=0.8)
-    panel.set(xlabel="$w_1$", ylabel="$w_2$", xlim=window[:2], ylim=window[2:])
-    panel.grid(False)
-    panel.legend(loc="upper right", frameon=True)
-    return figure
-
-
-@styled
-def label_heatmaps(panels: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Who has which classes: samples per class (rows) and client (columns). Values: {title: (classes, clients)}."""
-    figure, axes = grid(1, len(panels), 3.0, 3.0 * len(panels))
-    largest = max(counts.max() for counts in panels.values())
-    for panel, (name, counts) in zip(axes[0], panels.items(), strict=True):
-        bar = {"cbar": panel is axes[0][-1], "cbar_kws": {"label": "training samples"}}
-        sns.heatmap(counts, cmap="YlGnBu", vmin=0, vmax=largest, ax=panel, **bar)
-        panel.set(title=name, xlabel="client")
-    axes[0][0].set_ylabel("class")
-    headed(figure, title)
     return figure

@@ -6,14 +6,12 @@ Statistics: 95 % Student t intervals over seeds; with fewer than three seeds the
 from __future__ import annotations
 
 import math
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..records.catalogue import comparable, rows_choosing_masks
-from ..records.names import labels, told_apart
+from ..records.catalogue import rows_choosing_masks
 from ..records.store import HEADLINE_ROWS, headline
 
 
@@ -93,37 +91,3 @@ def quantity(values, digits: int = 4, sign: str = "") -> str:
 def mean_of(values: pd.Series, digits: int) -> str:
     """The mean of what is not NaN, "-" without any."""
     return f"{values.mean():.{digits}f}" if values.notna().any() else "-"
-
-
-def ranking(results: pd.DataFrame) -> pd.DataFrame:
-    """Final accuracy of one setting and partition: a row per method, in order of the mean over the seeds that all have,
-    and a column per seed; NaN where a method lacks it. A masked upload is the same model, so it has no row of its own.
-    """
-    results = told_apart(results[results["changed"] != "upload"])
-    accuracy, common = (by_seed(headline(some), "accuracy").T for some in (results, comparable(results)))
-    return accuracy.loc[common.mean(axis=1).reindex(accuracy.index).sort_values(ascending=False).index]
-
-
-def agreement(accuracy: pd.DataFrame) -> str:
-    """In a sentence: how alike two seeds of `ranking` order the methods that both have; Kendall's tau of each pair
-    (1 = the same order, 0 = unrelated)."""
-    agreeing = []
-    for one, other in combinations(accuracy, 2):
-        both = accuracy[[one, other]].dropna()
-        if len(both) > 2:
-            tau = stats.kendalltau(both[one], both[other]).statistic
-            agreeing.append(f"{tau:.2f} (seeds {one} and {other}: {', '.join(labels(both.reset_index()))})")
-    return f"Kendall's tau: {'; '.join(agreeing)}." if agreeing else "No two seeds have three methods in common."
-
-
-def frontier(results: pd.DataFrame) -> str:
-    """In a sentence: the methods of one setting and partition that no other beats in final accuracy and bytes at once,
-    by their means over the seeds that all have."""
-    results = comparable(results)
-    if results.empty:
-        return "No seed that all methods have."
-    means = headline(results).groupby("label")[["accuracy", "mib"]].mean().sort_values("mib")
-    best = means["accuracy"].cummax()
-    front = means[(means["accuracy"] == best) & ~best.duplicated()]
-    found = ", ".join(f"{label} ({row['accuracy']:.4f}, {row['mib']:.0f} MiB)" for label, row in front.iterrows())
-    return f"No other method is more accurate for fewer bytes than: {found}."

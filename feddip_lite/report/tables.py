@@ -1,6 +1,6 @@
 """Tables of runs and methods, as data frames whose cells are for reading; notes and circumstances are sentences.
 
-Notebooks show a table with `captioned`; `tools/publish.py` writes tables into README and docs.
+`tools/publish.py` writes them into README and docs.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ import inspect
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import yaml
-from pandas.io.formats.style import Styler
 
 from ..methods.registry import METHODS
 from ..records.names import DAGGER, labels, splits, title_of, told_apart
@@ -25,13 +22,6 @@ NOTE = (
     "t interval over seeds. Differences are paired by seed. n < 3: the values alone, no interval, no verdict. With a "
     "row per round and a mask every fifth, two of the ten choose one: there `memory` drops, to recover until the next."
 )
-
-
-def captioned(frame: pd.DataFrame, caption: str) -> Styler:
-    """A table as a notebook shows it: without an index, its caption above, which says so if there are no rows."""
-    caption = caption if len(frame) else f"{caption}: none yet"
-    looks = [{"selector": cell, "props": "text-align: left; vertical-align: top"} for cell in ("th", "td", "caption")]
-    return frame.style.hide(axis="index").format(escape="html").set_caption(caption).set_table_styles(looks)
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -63,12 +53,6 @@ def circumstances(folder: Path, results: pd.DataFrame) -> str:
     return f"Seeds: {seeds}. Data: {data}. Device: {device}, torch {torch}."
 
 
-def ranking_table(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Each method's place, seed by seed, for the accuracies that `statistics.ranking` gives."""
-    places = accuracy.rank(ascending=False).map(lambda place: "-" if np.isnan(place) else f"{place:.0f}")
-    return places.rename(columns=lambda seed: f"seed {seed}").rename_axis(index="method", columns=None).reset_index()
-
-
 def methods_table() -> pd.DataFrame:
     """A row per method: what it is, how many lines its class has, its presets and its source."""
     order, rows = "name method family mask_from scope regrows step up down lines presets source", []
@@ -85,17 +69,6 @@ def assumptions() -> str:
     abouts = {title_of(name): method.about.assumed for name, method in METHODS.items()}
     notes = [f"- {title}: {assumed}" for title, assumed in abouts.items() if assumed]
     return "\n".join([f"{DAGGER} A reconstruction: its source's details were not to be had. Assumed:", "", *notes])
-
-
-def settings_table(path: Path) -> pd.DataFrame:
-    """A row per setting of each method and preset, with its value and source, from `params/methods.yaml`."""
-    rows = [
-        (title_of(name), preset, setting, "from another" if value is None else str(value), source)
-        for name, presets in yaml.safe_load(path.read_text()).items()
-        for preset, settings in presets.items()
-        for setting, (value, source) in settings.items()
-    ]
-    return pd.DataFrame(rows, columns=["method", "preset", "setting", "value", "source"])
 
 
 def _lines_of(method: type) -> str:

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from ..records.names import splits
 from ..records.store import HEADLINE_ROWS, headline
 from ..report import style
-from ..report.statistics import quantity
 from ..report.style import VERMILION, styled
 
 STOPPED, SHORTER, NARROWER = "FedAvg, stopped", "FedAvg, fewer rounds", "FedAvg, narrower"
@@ -40,19 +39,6 @@ def equal_bytes(results: pd.DataFrame, usual: pd.DataFrame) -> pd.DataFrame:
             stopped = until.tail(1).assign(label=STOPPED, accuracy=mean)
             rows = pd.concat([rows, stopped])
     return rows.reset_index(drop=True)
-
-
-def equal_bytes_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per partition and form of `equal_bytes`: final accuracy, and all bytes as a share of FedDIP's."""
-    found = []
-    for split in splits(rows):
-        own = rows[rows["split"] == split]
-        for label in [name for name in FORMS if name in set(own["label"])]:
-            each = own[own["label"] == label].sort_values("seed")
-            share = each["mib"].mean() / own.loc[own["label"] == "FedDIP", "mib"].mean()
-            row = {"partition": split, "model": label, "final accuracy": quantity(each["accuracy"])}
-            found.append(row | {"bytes / FedDIP's": f"{share:.3f}"})
-    return pd.DataFrame(found)
 
 
 @styled

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..core.schedules import penalty_at
 from ..records.names import splits
 from ..report import style
-from ..report.statistics import quantity, summaries
+from ..report.statistics import summaries
 from ..report.style import BLUE, GREEN, INK, ORANGE, VERMILION, styled
 from .sparsity_sweep import DECAY, at_home
 
@@ -70,20 +70,6 @@ def _penalty(run: pd.Series, options: dict) -> str:
     expected = {"eq3": ("growing", peak), "constant": ("constant", mean)}
     name, strength = expected.get(options["lambda_schedule"], ("", 0.0))
     return name if isclose(run["penalty_max"], strength, rel_tol=1e-6) else ""
-
-
-def returns_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per target sparsity, partition, feedback, penalty and re-entry of `ingredients`: final accuracy, how many
-    weights returned in a run, and how many rounds one stays."""
-    rows = []
-    for (split, fed_back, penalised, begins), own in runs.groupby(["split", "fed_back", "penalised", "begins"]):
-        row = {"runs": split, "feedback": fed_back, "penalty": penalised, "a returning weight begins at": begins}
-        row |= {"final accuracy": quantity(own.sort_values("seed")["accuracy"])}
-        known = own.dropna(subset=["stay_rounds"]) if "stay_rounds" in own else own.iloc[:0]
-        row["weights that return"] = quantity(known["regrown"], 0) if len(known) else "-"
-        row["each stays, rounds"] = quantity(known["stay_rounds"], 1) if len(known) else "-"
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 @styled

@@ -19,7 +19,6 @@ from ..records.catalogue import RECORDED, main_runs, recorded
 from ..records.names import labels
 from ..records.store import read_mask, read_run
 from ..report import style
-from ..report.statistics import quantity
 from ..report.style import INK, counted, styled
 from .sparsity_sweep import recorded_sweep
 
@@ -61,17 +60,6 @@ def recorded_layers(folder: Path) -> dict[str, pd.DataFrame]:
         groups[f"lenet5_fashionmnist_lite_layers_{target:g}"] = "lite", own
     found = {name: layers(folder / profile, runs[runs["changed"] == ""]) for name, (profile, runs) in groups.items()}
     return {name: rows for name, rows in found.items() if len(rows)}
-
-
-def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per tensor, its number of weights, the sparsity of each method over seeds, and ERK's for the same total."""
-    found = []
-    for layer, own in rows.sort_values("seed", kind="stable").groupby("layer", sort=False):
-        sparsities = {name: own.loc[own["label"] == name, "sparsity"].to_numpy() for name in labels(rows)}
-        row = {"tensor": layer, "weights": own["size"].iloc[0]}
-        row |= {f"{name} [%]": quantity(100 * values, 1) for name, values in sparsities.items()}
-        found.append(row | {"ERK [%]": f"{100 * own['erk'].mean():.1f}"})
-    return pd.DataFrame(found)
 
 
 @styled
@@ -129,16 +117,3 @@ def _overlaps(mask: Tensor, other: Tensor, tensors: list[dict]) -> Iterator[dict
     for tensor, (a, b), size in zip(tensors, parts, sizes, strict=True):
         chance = overlap_by_chance([int(a.sum())], [int(b.sum())], [size])
         yield {"layer": tensor["name"].removesuffix(".weight"), "overlap": jaccard(a, b), "chance": chance}
-
-
-def across_seeds_table(pairs: pd.DataFrame) -> pd.DataFrame:
-    """A row per setting, partition, method and target sparsity, the mean overlap over the pairs of seeds and chance's,
-    of whole masks and of each tensor."""
-    rows = []
-    for (sparsity, label, *_), own in pairs.groupby(["target_sparsity", "label", "setting", "split"]):
-        means = own.groupby("layer", sort=False)[["overlap", "chance"]].mean()
-        row = {"target sparsity": f"{sparsity:g}", "method": label, "pairs": own["seeds"].nunique()}
-        for name, both, chance in means.itertuples():
-            row[f"{name}: overlap (by chance)"] = f"{both:.3f} ({chance:.3f})"
-        rows.append(row)
-    return pd.DataFrame(rows)

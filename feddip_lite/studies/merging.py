@@ -17,9 +17,7 @@ from ..config import Config
 from ..core.plan import LocalPlan, LocalResult
 from ..core.state import EMPTY
 from ..methods.base import samples_of, weighted_mean
-from ..records.names import labels, splits
 from ..records.store import HEADLINE_ROWS
-from ..report.statistics import quantity
 from ..train.evaluate import evaluate_state
 from ..train.observe import Run
 from ..train.round import RoundRecord
@@ -83,16 +81,3 @@ def per_run(runs: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=["label", "split", "seed", *MEASURES])
     observed = runs[runs["alignment"].notna()].sort_values("round").groupby("run_id").tail(HEADLINE_ROWS)
     return observed.groupby(["label", "split", "seed"], as_index=False)[list(MEASURES)].mean()
-
-
-def merging_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per method and partition of `per_run`, with the spread over seeds."""
-    rows = []
-    for split in splits(runs):
-        group = runs[runs["split"] == split]
-        for label in labels(group):
-            own = group[group["label"] == label]
-            row = {"method": label, "partition": split, "alignment": quantity(own["alignment"])}
-            row |= {"mean accuracy of local models": quantity(own["members_accuracy"])}
-            rows.append(row | {"accuracy of their mean, minus that": quantity(own["merging_gain"], sign="+")})
-    return pd.DataFrame(rows)

@@ -23,9 +23,7 @@ from ..core.seeds import torch_generator
 from ..core.sparsity import jaccard, topk_mask
 from ..data.datasets import Dataset, normalise
 from ..records.kept_model import KeptModel
-from ..records.names import labels
 from ..report import style
-from ..report.statistics import quantity
 from ..report.style import styled
 
 RECORD = "second_order.json"
@@ -93,18 +91,6 @@ def read_second_order(folder: Path) -> pd.DataFrame:
     `penalty_max`, and what `agreement` gives; empty without one."""
     path, names = folder / RECORD, ["run_id", "label", "split", "seed", "rank_correlation", "overlap", "reliability"]
     return pd.DataFrame(json.loads(path.read_text())["rows"]) if path.exists() else pd.DataFrame(columns=names)
-
-
-def second_order_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per target sparsity and method: both measures, and what noise would allow."""
-    found = []
-    for split, group in rows.groupby("split"):
-        for label in labels(group):
-            own = group[group["label"] == label].sort_values("seed")
-            row = {"target sparsity": split.removeprefix("s = "), "method": label}
-            row |= {"rank correlation": quantity(own["rank_correlation"], 3), "overlap": quantity(own["overlap"], 3)}
-            found.append(row | {"of two halves of the samples": quantity(own["reliability"], 3)})
-    return pd.DataFrame(found)
 
 
 @styled

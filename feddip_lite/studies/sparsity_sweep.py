@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..config import Config
@@ -15,9 +16,8 @@ from ..records.catalogue import own_start, shared_start
 from ..records.names import NAMES, SHARED, SHARED_START, SPLIT, labels
 from ..records.store import headline
 from ..report import style
-from ..report.statistics import interval, mean_of, paired, quantity
+from ..report.statistics import paired
 from ..report.style import INK, counted, styled
-from ..report.tables import NOTHING
 
 _SHARED = [*SPLIT, *(name for name in SHARED if name not in ("target_sparsity", "weight_decay"))]
 DECAY = Config().weight_decay
@@ -47,33 +47,6 @@ def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:
     return {sparsity: values for sparsity, values in found.items() if len(values)}
 
 
-def sweep_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per target sparsity, the final accuracy of each method, and FedDIP minus FedDP paired by seed."""
-    names, won, rows = labels(runs), gains(runs), []
-    for sparsity, group in runs.groupby("target_sparsity"):
-        group = group.sort_values("seed")
-        accuracies = {name: quantity(group.loc[group["label"] == name, "accuracy"]) for name in names}
-        gain = quantity(won.get(sparsity, []), sign="+")
-        rows.append({"target sparsity": f"{sparsity:g}", **accuracies, "FedDIP - FedDP": gain})
-    return pd.DataFrame(rows)
-
-
-def sweep_reading(runs: pd.DataFrame) -> str:
-    """In a sentence: at which sparsities the penalty helps or hurts, by the interval of its gain; where the interval
-    has both signs, its half width, since a smaller difference could not have been seen."""
-    said = {"helps": [], "hurts": [], "makes no difference that these seeds could show": [], "has too few seeds": []}
-    for sparsity, values in gains(runs).items():
-        mean, half = interval(values)
-        if np.isnan(half):
-            said["has too few seeds"].append(f"{sparsity:g}")
-        elif abs(mean) > half:
-            said["helps" if mean > 0 else "hurts"].append(f"{sparsity:g}")
-        else:
-            said["makes no difference that these seeds could show"].append(f"{sparsity:g} (± {half:.4f})")
-    parts = [f"{verb} at {', '.join(found)}" for verb, found in said.items() if found]
-    return f"Against FedDP, the growing penalty {'; '.join(parts)}." if parts else NOTHING
-
-
 def ablations(results: pd.DataFrame) -> pd.DataFrame:
     """The runs of FedDIP and FedDP, one row each, with a column `variant`: what was changed of FedDIP. FedDP is FedDIP
     without its penalty; runs without weight decay are there with and without it. Of the shared random start (D7) there
@@ -86,42 +59,37 @@ def ablations(results: pd.DataFrame) -> pd.DataFrame:
     return runs if "FedDIP" in set(runs["variant"]) else runs.iloc[:0]
 
 
-def recorded_ablations(results: pd.DataFrame) -> pd.DataFrame:
-    """`ablations` of recorded runs, or where FedDIP's own start was not recorded yet, of `shared_start`."""
-    found = ablations(results)
-    return found if len(found) else ablations(shared_start(results))
-
-
-def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per variant, its final accuracy, and the difference from FedDIP paired by seed."""
-    rows = []
-    for name, values in _variants(runs).items():
-        own = runs[runs["variant"] == name].sort_values("seed")
-        row = {"variant": name, "final accuracy": quantity(own["accuracy"])}
-        rows.append(row | {"minus FedDIP": quantity(values, sign="+"), "final sparsity": mean_of(own["sparsity"], 4)})
-    return pd.DataFrame(rows)
-
-
 @styled
 def sweep(runs: pd.DataFrame, title: str) -> Figure:
     """Left: final accuracy at each target sparsity, the methods side by side. Right: FedDIP minus FedDP. Both with a
     point per seed, and the 95 % interval where there are three."""
     figure, axes = style.grid(1, 2, 3.4)
     left, right = axes[0]
-    percent = {sparsity: f"{100 * sparsity:g}" for sparsity in sorted(runs["target_sparsity"].unique())}
-    shown = runs.assign(name=runs["label"], sparsity=runs["target_sparsity"].map(percent))
-    looks = {label: style.look_of(runs[runs["label"] == label]) for label in labels(runs)}
-    style.over_seeds(shown, "sparsity", "accuracy", looks, left, joined=True, order=list(percent.values()))
+    accuracy_panel(left, runs)
+    percent = _percent(runs)
     won = [(percent[s], gain, "FedDIP") for s, values in gains(runs).items() for gain in values]
     own = pd.DataFrame(won, columns=["sparsity", "gain", "name"])
+    looks = {"FedDIP": style.look_of(runs[runs["label"] == "FedDIP"])}
     style.over_seeds(own, "sparsity", "gain", looks, right, joined=True, order=list(percent.values()))
     right.axhline(0, color=INK, linewidth=0.8)
-    for panel, words in ((left, "final test accuracy"), (right, "FedDIP minus FedDP, paired by seed")):
-        panel.set(xlabel="target sparsity [%], equal distances", ylabel=words)
-    seeds = runs.groupby(["label", "target_sparsity"]).size()
-    style.legend(left, {counted(name, seeds[name]): look for name, look in looks.items()}, loc="lower left")
+    right.set(xlabel="target sparsity [%], equal distances", ylabel="FedDIP minus FedDP, paired by seed")
     _headed(figure, runs, title, "bars: 95 % intervals over seeds")
     return figure
+
+
+def accuracy_panel(panel: Axes, runs: pd.DataFrame) -> None:
+    """Final accuracy at each target sparsity, the methods side by side, with their legend."""
+    percent = _percent(runs)
+    shown = runs.assign(name=runs["label"], sparsity=runs["target_sparsity"].map(percent))
+    looks = {label: style.look_of(runs[runs["label"] == label]) for label in labels(runs)}
+    style.over_seeds(shown, "sparsity", "accuracy", looks, panel, joined=True, order=list(percent.values()))
+    panel.set(xlabel="target sparsity [%], equal distances", ylabel="final test accuracy")
+    seeds = runs.groupby(["label", "target_sparsity"]).size()
+    style.legend(panel, {counted(name, seeds[name]): look for name, look in looks.items()}, loc="lower left")
+
+
+def _percent(runs: pd.DataFrame) -> dict[float, str]:
+    return {sparsity: f"{100 * sparsity:g}" for sparsity in sorted(runs["target_sparsity"].unique())}
 
 
 @styled

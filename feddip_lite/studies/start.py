@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from ..records.store import headline
 from ..report import style
-from ..report.statistics import quantity
 from ..report.style import VERMILION, styled
 from .sparsity_sweep import DECAY, at_home
 
@@ -42,15 +41,6 @@ def starts(results: pd.DataFrame) -> pd.DataFrame:
 
 def _start(run: pd.Series) -> str:
     return STARTS[json.loads(run["method_options"])["erk"]] if run["initial_sparsity"] else UNPRUNED
-
-
-def starts_table(sources: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row per start, a column per source of `starts`: the final accuracy."""
-    rows = []
-    for start in [*OTHERS, UNPRUNED, *STARTS.values()]:
-        found = {name: own[own["start"] == start].sort_values("seed")["accuracy"] for name, own in sources.items()}
-        rows.append({"start": start} | {name: quantity(values) for name, values in found.items()})
-    return pd.DataFrame(rows)
 
 
 @styled

@@ -17,7 +17,7 @@ from feddip_lite.data.datasets import normalise
 from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.records.store import read_run
-from feddip_lite.studies.cost.export import sparse_model
+from feddip_lite.studies.cost.measure import sparse_model
 from feddip_lite.train.observe import LastState
 
 RUN = {"clients": 6, "clients_per_round": 3, "rounds": 2, "mask_interval": 1, "batch_size": 64, "width": 1.0}

@@ -25,12 +25,8 @@ from feddip_lite.studies.bound.tables import (
     bound_of,
     checkpoints,
     each_run,
-    estimates_table,
     gamma_of,
-    overtaking,
-    reading,
     removed_so_far,
-    removed_table,
     summary,
 )
 from feddip_lite.train import run as rounds
@@ -222,51 +218,14 @@ def test_the_theorems_smoothness_is_that_of_its_learning_rate():
     run, slower = record(), record(**THEORY)  # 1/(40 t), where L = 5 was found
     for name, factor in {"initial": 8, "pruning": 8, "noise": 1, "drift": 1, "left": 1}.items():
         assert getattr(bound_of(slower), name) == pytest.approx(factor * getattr(bound_of(run), name))
-    assert estimates_table(slower)["L [F/W²]"].item() == "5 (40 in the rate)"
 
 
-def test_pruning_overtakes_drift_where_its_sum_passes_it():
-    run = record(gamma=(1.0 + 1e-3, 1.0, 1.0))
-    drift = math.pi**2 / 6 * 1e-3 * 1.001 * 10**2 * 9
-    passed = next(t for t, removed in enumerate(removed_so_far(run)) if 2 * 5 * 2 * removed > drift)
-    assert overtaking(run, typical=False)["round"] == passed == 1
-    assert overtaking(run, typical=True)["round"] == 1  # gamma = 1: no drift at all
-    assert overtaking(record(), typical=False) is None
-    late = record(gamma=(1.1, 1.1, 1.1))  # drift 162.8; pruning 20 times 1, 3, 7, 15
-    assert overtaking(late, typical=False)[["round", "sparsity"]].tolist() == [4, 0.9]
-
-
-def test_reading_says_which_term_dominates_and_from_which_sparsity_on():
-    runs = pd.concat([record(), record(gamma=(1.1, 1.1, 1.1), partition="pathological", **THEORY)])
-    second, first, _, last = reading(runs).splitlines()
-    assert first.startswith("- **FedDIP (mask_interval = 2): IID, experiments' setting**") and "stays below" in first
-    assert "2 classes per client, theorem's setting" in second
-    assert second.count("pruning exceeds drift from round 2 on, at sparsity 0.700") == 2
-    assert "The largest term of 2 runs: with the largest γ pruning in 1, drift in 1" in last
-
-
-def test_reading_says_how_far_the_theorems_learning_rate_goes_where_both_settings_were_run():
-    runs = pd.concat([record(lr=0.2), record(lr=0.05, **THEORY), record(partition="pathological", lr=0.2)])
-    (line,) = (line for line in reading(runs).splitlines() if "learning rates sum" in line)
-    assert line.startswith("IID: the theorem's learning rates sum to 0.25 of the experiments'.")
-    assert "L on its path is 5, where the rate assumes 40" in line
-
-
-def test_summary_and_table_have_a_row_per_run_with_the_largest_constants():
+def test_the_summary_has_a_row_per_run_with_the_largest_constants():
     runs = pd.concat([record(), record(seed=1)])
     (row, _) = summary(runs).to_dict("records")
     assert (row["sharpness"], row["lipschitz"], row["second_moment"], row["removed"]) == (5, 2, 9, 15)
     assert (row["hidden"], row["checkpoints"], row["overcharged"]) == (1, 3, 2)
     assert {name: row[name] for name in ("left", *TERMS)} == asdict(bound_of(record()))
-    first, _ = estimates_table(runs).to_numpy().tolist()
-    assert first[1:] == ["5", "2", "0.6", "9", "2.5", "3", "1 of 3", "15", "3", "0.9000"]
-
-
-def test_what_pruning_removes_is_listed_by_preset_and_interval():
-    runs = pd.concat([record(mask_interval=20, distance=(9, 1, 1, 1, 1)), record(), record(preset="repo")])
-    rows = [["IID", "paper", "2", "15"], ["IID", "paper", "20", "4"], ["IID", "repo", "2", "15"]]
-    assert removed_table(runs).to_numpy().tolist() == rows
-    assert removed_table(runs.iloc[:0]).empty
 
 
 # ---- figures

@@ -1,6 +1,6 @@
 """Laws of exported models: the module is what the server evaluates, its file computes the same with PyTorch alone."""
 
-import random
+import io
 import subprocess
 import sys
 
@@ -12,7 +12,8 @@ from torch import nn
 from feddip_lite.core.models import build_model
 from feddip_lite.data.datasets import normalise
 from feddip_lite.records.kept_model import model_file, read_model_file
-from feddip_lite.studies.cost.export import load_program, save_program, sparse_model
+from feddip_lite.records.plain_model import OfPixels, program
+from feddip_lite.studies.cost.measure import sparse_model
 from feddip_lite.studies.cost.shrink import without_dead_channels
 from feddip_lite.train.evaluate import evaluate
 from feddip_lite.train.setup import layout_of
@@ -31,6 +32,10 @@ def started(federation):
         return sparse_model(state, clients.data, config), state, clients, config
 
     return make
+
+
+def program_of(module, data):
+    return program(OfPixels(module, data), torch.zeros(2, *data.train_images.shape[1:], dtype=torch.uint8), ".pt2")
 
 
 def logits_of(module, images, data):
@@ -84,19 +89,18 @@ torch.save(logits.detach(), "logits.pt")
 def test_a_program_runs_on_any_number_of_raw_images_where_this_package_cannot_be_imported(name, started, tmp_path):
     module, _, clients, _ = started(name)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    size = save_program(tmp_path / "model.pt2", module, clients.data)
-    assert size == (tmp_path / "model.pt2").stat().st_size
+    (tmp_path / "model.pt2").write_bytes(program_of(module, clients.data))
     images = clients.data.test_images[:7].clone()
     torch.save(images, tmp_path / "images.pt")
     subprocess.run([sys.executable, "-I", "-W", "error", "-c", SCRIPT], cwd=tmp_path, check=True)
     expected = logits_of(module, images, clients.data)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, atol=1e-5, rtol=1e-5)
-    program = load_program(tmp_path / "model.pt2")
-    torch.testing.assert_close(program(images[:1]), expected[:1], atol=1e-5, rtol=1e-5)
-    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(images[:1]), expected[:1], atol=1e-5, rtol=1e-5)
+    operators = {str(node.target) for node in loaded.graph.nodes if node.op == "call_function"}
     assert "aten.linear.default" in operators and all(operator.startswith("aten.") for operator in operators)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    values = program.state_dict()
+    values = loaded.state_dict()
     assert all(torch.equal(values[f"module.{key}"], before[key]) for key in before if key.endswith("weight"))
 
 
@@ -105,37 +109,9 @@ def test_a_shrunk_model_is_a_smaller_program_and_the_same_model_the_same_file(st
     with torch.no_grad():
         module.conv2.weight[0] = 0
     smaller = without_dead_channels(module)
-    sizes = [save_program(tmp_path / "new" / name, smaller, clients.data) for name in ("a.pt2", "b.pt2")]
-    assert (tmp_path / "new" / "a.pt2").read_bytes() == (tmp_path / "new" / "b.pt2").read_bytes()
-    assert sizes[0] < save_program(tmp_path / "whole.pt2", module, clients.data)
-    images = clients.data.test_images[:3]
-    program = load_program(tmp_path / "new" / "a.pt2")
-    torch.testing.assert_close(program(images), logits_of(module, images, clients.data), atol=1e-5, rtol=1e-5)
-
-
-def test_programs_that_are_damaged_or_none_are_named(started, tmp_path):
-    module, _, clients, _ = started("lenet5")
-    path, draw = tmp_path / "model.pt2", random.Random(0)
-    save_program(path, module, clients.data)
-    whole = path.read_bytes()
+    once, again, whole = (program_of(each, clients.data) for each in (smaller, smaller, module))
+    assert once == again and len(once) < len(whole)
     assert str(tmp_path.cwd()).encode() not in whole  # where the code lies is nobody's business
-    places = [whole.index(module.fc1.weight.detach().numpy().tobytes()) + 5, *draw.choices(range(len(whole)), k=10)]
-    bad = [
-        b"",
-        b"<html>",
-        whole[:5000],
-        whole[:-1],
-        *(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in places),
-    ]
-    for number, data in enumerate(bad):
-        path.write_bytes(data)
-        try:
-            program = load_program(path)
-        except ValueError as error:
-            assert f"{path}: damaged, or no exported program" in str(error) and "\n" not in str(error)
-        else:  # the flipped bit was one that says nothing, a date in the archive, say
-            assert number > 4
-            images = clients.data.test_images[:3]
-            torch.testing.assert_close(program(images), logits_of(module, images, clients.data), atol=1e-5, rtol=1e-5)
-    with pytest.raises(FileNotFoundError):
-        load_program(tmp_path / "none.pt2")
+    images = clients.data.test_images[:3]
+    loaded = torch.export.load(io.BytesIO(once)).module()
+    torch.testing.assert_close(loaded(images), logits_of(module, images, clients.data), atol=1e-5, rtol=1e-5)

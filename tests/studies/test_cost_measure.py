@@ -18,7 +18,6 @@ from feddip_lite.records.store import ROOT
 from feddip_lite.studies.cost import measure
 from feddip_lite.studies.cost.client import client_rows
 from feddip_lite.studies.cost.count import flops, packed_bytes, training_flops
-from feddip_lite.studies.cost.export import sparse_model
 from feddip_lite.studies.cost.measure import (
     BOTH,
     CSR,
@@ -32,6 +31,7 @@ from feddip_lite.studies.cost.measure import (
     model_rows,
     num_weights,
     sizes,
+    sparse_model,
     trained,
     untouched,
     untrained,

@@ -20,7 +20,6 @@ from feddip_lite.studies.ingredients import (
     by_sparsity,
     crossed,
     ingredients,
-    returns_table,
 )
 
 pytestmark = pytest.mark.usefixtures("agg")
@@ -66,7 +65,6 @@ def test_every_cell_of_feedback_by_penalty_and_every_reentry_has_its_runs():
     assert len(found) == len(cells) + len(again)
     assert sorted(found["begins"].unique()) == sorted(REENTRY)
     assert set(found["penalised"]) == set(PENALTIES)
-    assert len(returns_table(found)) == len(found)
     crossed(found, "title")
 
 
@@ -126,8 +124,8 @@ def test_fedavg_is_stopped_at_feddips_bytes_and_other_dense_forms_are_told_by_wh
     assert sorted(found.index) == sorted(equal_bytes.FORMS)
     assert found.loc[equal_bytes.STOPPED, "accuracy"] == pytest.approx(np.mean(np.arange(10)) / 100)
     assert found.loc[equal_bytes.SHORTER, "rounds"] == 12 and found.loc[equal_bytes.NARROWER, "width"] == 0.5
-    shares = equal_bytes.equal_bytes_table(found.reset_index()).set_index("model")["bytes / FedDIP's"]
-    assert (shares["FedAvg"], shares[equal_bytes.STOPPED]) == ("2.000", "1.000")
+    spent = found.loc["FedDIP", "mib"]
+    assert (found.loc["FedAvg", "mib"], found.loc[equal_bytes.STOPPED, "mib"]) == (2 * spent, spent)
     equal_bytes.for_equal_bytes(found.reset_index(), "title")
 
 
@@ -138,6 +136,4 @@ def test_each_start_is_named_by_what_round_0_sees():
     runs = recorded_runs(*masks, ({"initial_sparsity": 0.0}, {}), *others, *strays)
     found = start.starts(runs)
     assert sorted(found["start"]) == sorted([*start.STARTS.values(), start.UNPRUNED, *start.OTHERS])
-    table = start.starts_table({"LeNet-5": found})
-    assert table["start"].tolist() == [*start.OTHERS, start.UNPRUNED, *start.STARTS.values()]
     start.by_start({"LeNet-5": found}, "title")

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import tiny_config
@@ -14,9 +13,7 @@ from feddip_lite.core.sparsity import jaccard
 from feddip_lite.records.store import read_mask, read_run, sealed
 from feddip_lite.studies.layers import (
     across_seeds,
-    across_seeds_table,
     layer_bars,
-    layer_table,
     layers,
     overlap_by_chance,
 )
@@ -54,7 +51,7 @@ def test_layers_are_those_of_the_sparse_runs_and_add_up_to_their_sparsity(folder
         ]
 
 
-def test_figure_and_table_show_the_mean_of_each_tensor(folder, runs):
+def test_the_figure_shows_the_mean_of_each_tensor(folder, runs):
     rows = layers(folder, runs)
     means = 100 * rows.groupby("layer", sort=False)["sparsity"].mean()
     (panel,) = layer_bars(rows, "title").axes
@@ -62,11 +59,6 @@ def test_figure_and_table_show_the_mean_of_each_tensor(folder, runs):
     np.testing.assert_allclose(drawn["s"], 100 - means)
     np.testing.assert_allclose(drawn["_"], 100 - 100 * rows.groupby("layer", sort=False)["erk"].mean())
     assert [text.get_text() for text in panel.get_xticklabels()] == list(means.index)
-    table = layer_table(rows)
-    assert list(table) == ["tensor", "weights", "FedDIP [%]", "ERK [%]"] and table["tensor"].tolist() == list(
-        means.index
-    )
-    assert table["FedDIP [%]"].str.split(" ± ").str[0].tolist() == [f"{mean:.1f}" for mean in means]
 
 
 def test_seeds_are_compared_pair_by_pair_whole_and_by_tensor(folder, runs):
@@ -78,9 +70,6 @@ def test_seeds_are_compared_pair_by_pair_whole_and_by_tensor(folder, runs):
     np.testing.assert_allclose(whole["overlap"], expected)
     assert len(pairs) == 3 * (1 + len(layers(folder, runs)["layer"].unique()))
     assert pairs[["overlap", "chance"]].stack().between(0, 1).all()
-    (shown,) = across_seeds_table(pairs)["all: overlap (by chance)"]
-    assert shown == f"{np.mean(expected):.3f} ({whole['chance'].mean():.3f})"
-    assert across_seeds_table(pairs.iloc[:0]).empty
 
 
 @pytest.mark.parametrize("densities", [(0.1, 0.1), (0.5, 0.02), (1.0, 0.3)])
@@ -102,10 +91,7 @@ def test_chance_is_one_for_full_masks_and_for_empty_ones():
     assert overlap_by_chance([4], [0], [4]) == 0.0
 
 
-def test_settings_are_never_mixed_and_old_records_are_left_out(folder, runs, tmp_path):
-    pairs = across_seeds(folder, runs)
-    others = pairs.assign(setting="another", overlap=0.0, chance=0.0)
-    assert across_seeds_table(pd.concat([pairs, others]))["pairs"].tolist() == [3, 3]
+def test_old_records_are_left_out(folder, runs, tmp_path):
     for path in filter(Path.is_file, folder.iterdir()):
         shutil.copy(path, tmp_path)
     old = tmp_path / f"{QUEUE[0].run_id}.json"

@@ -69,7 +69,7 @@ def test_there_is_no_other_figure():
 @pytest.fixture
 def checkout(tmp_path):
     """A README, docs and rules, and no results."""
-    for name in ("README.md", "docs/claims.md", "docs/findings.md", "params/claims.yaml"):
+    for name in ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "params/claims.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -85,11 +85,15 @@ def test_writing_twice_gives_the_same_bytes(checkout):
     assert publish.main([f"--root={checkout}"]) == 0
     assert contents(checkout) == once
     assert {path.stem for path in (checkout / "figures").iterdir()} == {"feddip_workflow", "pruning", "schedules"}
-    readme, page = ((checkout / name).read_text() for name in ("README.md", "docs/claims.md"))
-    assert readme.count(NOTHING) == 2 and "Nothing measured yet." in readme
+    readme, results, cost, speed, page = (
+        (checkout / name).read_text()
+        for name in ("README.md", "docs/results.md", "docs/cost.md", "docs/speed.md", "docs/claims.md")
+    )
+    assert readme.count(NOTHING) == 3 and results.count(NOTHING) == cost.count(NOTHING) == 1
+    assert "Nothing measured yet." in speed
     rules = yaml.safe_load((checkout / "params" / "claims.yaml").read_text())["claims"]
     own = [rule for rule in rules if "question" in rule]
-    assert [text.count("| not tested at this scale |") for text in (readme, page)] == [len(rules) - len(own)] * 2
+    assert page.count("| not tested at this scale |") == len(rules) - len(own)
     assert (checkout / "docs" / "findings.md").read_text().count("not measured yet") == len(own) > 5
 
 

@@ -21,7 +21,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch"}  # all other names are the same on conda-forge
-TARGETS = "setup doctor test reproduce figures sweep compare test-slow flower flower-test bench lint lab clean".split()
+TARGETS = (
+    "setup doctor test reproduce notebooks figures sweep compare test-slow flower flower-test bench lint lab clean"
+).split()
 
 
 def tool(name):
@@ -217,13 +219,54 @@ def test_a_kernel_whose_port_was_taken_is_started_once_more(tmp_path, monkeypatc
     assert len(starts) == 2
 
 
-def test_the_report_loads_nothing_from_elsewhere(tmp_path):
-    notebook(tmp_path / "00_sum.ipynb")
-    module = tool("reproduce")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "00_sum.ipynb").write_text((tmp_path / "00_sum.ipynb").read_text())
-    index = module.write_report(tmp_path / "out", tmp_path, "quick", {})
-    page = (tmp_path / "out" / "00_sum.html").read_text()
+@pytest.fixture
+def report(tmp_path):
+    """`report(*cells)`: the folder of the report of a checkout whose notebooks are two with these cells."""
+
+    def made(*cells):
+        folder, out = tmp_path / "notebooks", tmp_path / "build" / "quick"
+        for path in (folder, out, tmp_path / "docs"):
+            path.mkdir(parents=True)
+        for name in ("00_sum", "01_next"):
+            notebook(folder / f"{name}.ipynb", *cells)
+            (out / f"{name}.ipynb").write_text((folder / f"{name}.ipynb").read_text())
+        (tmp_path / "rules.yaml").write_text("a: 1")
+        (tmp_path / "README.md").write_text(
+            "# Read\n\n[docs](docs/laws.md#two) [00](notebooks/00_sum.ipynb) [b](build/)"
+        )
+        (tmp_path / "docs" / "laws.md").write_text("[rules](../rules.yaml) [gone](../gone.md) [web](https://a.org)")
+        tool("report").write_report(out, folder, "quick", {})
+        return out
+
+    return made
+
+
+def test_the_report_loads_nothing_from_elsewhere(report):
+    out = report()
+    page = (out / "00_sum.html").read_text()
     assert "<script" not in page and '<link rel="stylesheet"' not in page
     assert "<math" in page and 'href="01_next.html"' in page  # formulas drawn by the browser, links between pages
-    assert "What is $1 + 1$?" in index.read_text()
+    assert "What is $1 + 1$?" in (out / "index.html").read_text()
+
+
+def test_all_links_of_the_report_resolve_in_it(report):
+    out = report()
+    assert 'href="docs_laws.html#two"' in (out / "README.html").read_text()
+    assert (out / "files" / "rules.yaml").read_text() == "a: 1"
+    assert "gone" in (out / "docs_laws.html").read_text()  # as a word
+    for page in out.glob("*.html"):
+        for link in re.findall(r'<a href="([^"]*)"', page.read_text()):
+            assert link.startswith(("https://", "#")) or (out / link.partition("#")[0]).exists(), (page.name, link)
+
+
+def test_the_index_has_the_answers_and_folded_parts_stay_folded(report):
+    answer = nbformat.v4.new_output("display_data", {"text/markdown": "**Answer:** `w` is **2**. More."})
+    out = report("1")
+    copy = nbformat.read(out / "00_sum.ipynb", as_version=4)
+    copy.cells[0].source += "\n\n<details><summary>Solution</summary>\n\n`x = 2`\n\n</details>"
+    copy.cells[-1].outputs = [answer]
+    nbformat.write(copy, out / "00_sum.ipynb")
+    tool("report").write_report(out, out.parents[1] / "notebooks", "quick", {})
+    assert "<code>w</code> is <strong>2</strong>. More." in (out / "index.html").read_text()
+    page = (out / "00_sum.html").read_text()
+    assert page.index("<details>") < page.index("<code>x = 2</code>") < page.index("</details>")

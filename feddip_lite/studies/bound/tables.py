@@ -1,4 +1,4 @@
-"""What recorded paths say of the bound: its terms from a record, a table of its constants, and a reading in words.
+"""What recorded paths say of the bound: its terms from a record, and a summary of its constants.
 
 Runs come as `records.names.describe` returns them (`recorded_paths`), with the columns of `path.record_path`.
 "Typical" is said of the bound with the median gamma in place of the largest, which one checkpoint may decide.
@@ -20,16 +20,6 @@ from .path import ESTIMATES
 SCHEDULES = {"theory": "theorem's setting", "exponential": "experiments' setting"}
 """What a run's `lr_schedule` makes of it."""
 TERMS = tuple(item.name for item in fields(Bound))[1:]
-CONSTANTS = {
-    "sharpness": "L [F/W²]",
-    "lipschitz": "μ [F/W]",
-    "variance": "Σρσ² [F²/W²]",
-    "second_moment": "G² [F²/W²]",
-    "typical_gamma": "γ: median",
-    "gamma": "γ: largest",
-}
-"""Columns of `summary`, and what they are called in `estimates_table`."""
-REMOVED = "Σ√δ‖w‖ [W]"
 GAMMAS = {"largest": False, "median": True}  # what `bound_of` is told
 
 
@@ -80,13 +70,6 @@ def removed_so_far(run: pd.DataFrame) -> pd.Series:
     return run["pruning_distance"].where(run["round"] > 0, 0.0).cumsum()
 
 
-def overtaking(run: pd.DataFrame, *, typical: bool) -> pd.Series | None:
-    """The first row at which the consistent pruning term, summed so far, exceeds drift; None if none does."""
-    bound, removed = bound_of(run, typical=typical), removed_so_far(run)
-    above = bound.pruning * removed / removed.iloc[-1] > bound.drift
-    return run.loc[above.idxmax()] if above.any() else None
-
-
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per run: its name, the largest value of each constant, the sum of sqrt(delta) ||w|| (`removed`), how often
     noise hides gamma, what pruning is charged over what it costs, and the consistent bound for the largest gamma."""
@@ -106,81 +89,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def estimates_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per run, the largest value of each constant. Units: F of the loss, W of the weights."""
-    rows = []
-    for row in summary(runs).to_dict("records"):
-        rate = f" ({row['rate']:g} in the rate)" if row["lr_schedule"] == "theory" else ""
-        cells = {"run": f"{row['label']}: {row['name']}"}
-        cells |= {head: f"{row[name]:.3g}" for name, head in CONSTANTS.items()}
-        cells[CONSTANTS["sharpness"]] += rate
-        cells["γ hidden by noise at"] = f"{row['hidden']} of {row['checkpoints']}"
-        cells |= {REMOVED: f"{row['removed']:.3g}", "left side [F²/W²]": f"{row['left']:.3g}"}
-        rows.append(cells | {"final accuracy": f"{row['accuracy']:.4f}"})
-    return pd.DataFrame(rows)
-
-
 def interval_study(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs at the experiments' learning rate, of those partitions in which R, rounds between masks, varies."""
     usual = runs[runs["lr_schedule"] == "exponential"]
     return usual[usual.groupby("split")["mask_interval"].transform("nunique") > 1]
-
-
-def removed_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """What pruning removes in a whole run: a row per partition, preset and R, the rounds between masks."""
-    if runs.empty:
-        return pd.DataFrame()
-    rows = []
-    for (split, preset, interval), own in summary(runs).groupby(["split", "preset", "mask_interval"]):
-        row = {"partition": split, "preset": preset, "R [rounds]": f"{interval:g}"}
-        rows.append(row | {REMOVED: f"{own['removed'].mean():.3g}"})
-    return pd.DataFrame(rows)
-
-
-def reading(runs: pd.DataFrame) -> str:
-    """Markdown: which term dominates the consistent bound in each run, and from which sparsity on it is pruning."""
-    lines = []
-    for run, row in zip(each_run(runs), summary(runs).to_dict("records"), strict=True):
-        right = sum(row[name] for name in TERMS)
-        line = f"- **{row['label']}: {row['name']}**: the right side is {right / row['left']:.3g} times the left, its "
-        line += f"first term alone {row['initial'] / row['left']:.3g} times. "
-        line += "".join(_shares(run, kind) for kind in GAMMAS)
-        lines.append(line + f"μ charges {row['overcharged']:.3g} times what pruning really does to f (median).")
-    return "\n\n".join(["\n".join(lines), _dominance(runs), *_pace(runs)])
-
-
-def _pace(runs: pd.DataFrame) -> list[str]:
-    """A sentence per partition that has both settings: how far the theorem's learning rate lets the model go."""
-    steps = {(run["split"].iloc[0], run["lr_schedule"].iloc[0]): run for run in each_run(runs)}
-    said = []
-    for split in splits(runs):
-        theory, usual = (steps.get((split, schedule)) for schedule in SCHEDULES)
-        if theory is not None and usual is not None:
-            reached = [checkpoints(run)["accuracy"].iloc[-1] for run in (theory, usual)]
-            share = theory["lr"].sum() / usual["lr"].sum()
-            said += [
-                f"{split}: the theorem's learning rates sum to {share:.2g} of the experiments'. The model ends at "
-                f"accuracy {reached[0]:.3f}, against {reached[1]:.3f}; L on its path is "
-                f"{summary(theory)['sharpness'].iloc[0]:.3g}, where the rate assumes {theory['smoothness'].iloc[0]:g}."
-            ]
-    return said
-
-
-def _shares(run: pd.DataFrame, kind: str) -> str:
-    typical = GAMMAS[kind]
-    shares, passed = bound_of(run, typical=typical).shares(), overtaking(run, typical=typical)
-    said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(shares.items(), key=lambda own: -own[1]))
-    crossing = "pruning stays below drift" if shares["drift"] else "nothing drifts"
-    if passed is not None and shares["drift"]:
-        crossing = f"pruning exceeds drift from round {passed['round']:.0f} on, at sparsity {passed['sparsity']:.3f}"
-    return f"With the {kind} γ ({gamma_of(run, typical):.3g}): {said}; {crossing}. "
-
-
-def _dominance(runs: pd.DataFrame) -> str:
-    each, said = each_run(runs), []
-    for kind, typical in GAMMAS.items():
-        shares = [bound_of(run, typical=typical).shares() for run in each]
-        first = [max(own, key=own.get) for own in shares]
-        counts = ", ".join(f"{name} in {first.count(name)}" for name in TERMS if name in first)
-        said.append(f"with the {kind} γ {counts}")
-    return f"The largest term of {len(each)} runs: {'; '.join(said)}. Drift is what heterogeneity costs."

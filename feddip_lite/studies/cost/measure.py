@@ -2,7 +2,7 @@
 
 `trained` makes a pruned model, `untouched` one that has its mask; `sizes` counts and weighs it, `layer_rows` and
 `inference_rows` time it.
-`python -m benchmarks cost` records them, notebook 09 takes a few afresh. Read before: `count.py`; after: `client.py`
+`python -m benchmarks cost` records them, notebook 10 takes a few afresh. Read before: `count.py`; after: `client.py`
 (training), `tables.py`.
 """
 
@@ -24,13 +24,12 @@ from ...core.models import INPUT_SHAPES, build_model
 from ...core.sparsity import density
 from ...core.state import ServerState
 from ...data.datasets import Dataset, fields_of, normalise
-from ...records.kept_model import model_file
+from ...records.kept_model import KeptModel, model_file
 from ...records.names import NAMES
 from ...train.observe import LastState
 from ...train.run import run
-from ...train.setup import prepare
+from ...train.setup import layout_of, prepare
 from .count import flops, latency, packed_bytes, training_flops
-from .export import sparse_model
 from .shrink import CHAINS, CSRLinear, plain, to_csr, without_dead_channels
 
 DENSE, CSR, SHRUNK, BOTH = "dense", "CSR linear layers", "dead channels removed", "both"
@@ -60,6 +59,16 @@ def trained(config: Config) -> tuple[ServerState, Dataset, float]:
     last = LastState()
     history = run(config, progress=False, observers=[last])
     return last.state, last.data, history["accuracy"].iloc[-1]
+
+
+def sparse_model(state: ServerState, data: Dataset, config: Config) -> nn.Module:
+    """The sparse global model w*m of a run of `config` as a module of `core/models.py`, on the CPU and in evaluation
+    mode; `data` is the run's `Clients.data`, whose images fit the model."""
+    module = build_model(config.model, **data.model_shape, width=config.width)
+    layout, mask = layout_of(module, config), state.mask.cpu()
+    kept = KeptModel(layout, layout.masked(state.weights.cpu(), mask), mask, state.buffers.cpu())
+    module.load_state_dict(kept.state_dict(), strict=False)  # BatchNorm's count of batches is nobody's
+    return module.eval()
 
 
 def untouched(config: Config, mask: Tensor | None = None) -> tuple[ServerState, Dataset]:

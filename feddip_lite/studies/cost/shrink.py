@@ -1,7 +1,7 @@
 """A pruned model made smaller or faster without changing what it computes.
 
 `plain` writes LeNet-5 and AlexNet as a chain of stock layers, `without_dead_channels` removes from a chain what no
-image can make matter, `to_csr` stores linear layers sparsely. Read next: `count.py`, which measures and exports them.
+image can make matter, `to_csr` stores linear layers sparsely. Read next: `count.py`, which measures them.
 """
 
 from __future__ import annotations

@@ -13,10 +13,8 @@ import pandas as pd
 
 from ...core.flat import Layout
 from ...core.schedules import sparsity_at
-from ...records.names import HEADLINE, NAMES, labels
-from ...records.store import headline
+from ...records.names import HEADLINE, NAMES
 from ...report.statistics import paired, quantity
-from .count import training_flops
 from .measure import BOTH, CSR, DENSE, SHRUNK, crossing, untrained
 
 RECORD = "cost_cpu.json"
@@ -92,47 +90,6 @@ def published_bytes(run: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"up_bytes": dense, "down_bytes": [dense * (1 - share) for share in shares]})
 
 
-def bytes_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """What each method sends per client and round, in total, and as a share of FedAvg's; and the total by the published
-    formula, where it applies. Of several seeds the mean."""
-    rows, totals = [], headline(runs).assign(both=lambda each: each["up_bytes"] + each["down_bytes"])
-    ways = {"up": "up_bytes", "down": "down_bytes", "total": "both"}
-    for label in labels(totals):
-        own = totals[totals["label"] == label]
-        each = 2**10 * own["rounds"] * own["clients_per_round"]
-        row = {"method": label, "up, KiB per client and round": f"{(own['up_bytes'] / each).mean():.1f}"}
-        row["down, KiB"] = f"{(own['down_bytes'] / each).mean():.1f}"
-        row["total, MiB"] = f"{own['both'].mean() / 2**20:.1f}"
-        shares = {way: paired(totals, label, DENSE_CLIENT, column, ratio=True) for way, column in ways.items()}
-        row |= {f"{way} / FedAvg": f"{share.mean():.3f}" if len(share) else "-" for way, share in shares.items()}
-        formula = _formula(runs[runs["run_id"] == own["run_id"].iloc[0]]) if label in PUBLISHED else "-"
-        rows.append(row | {"published formula: MiB, share of FedAvg's": formula})
-    return pd.DataFrame(rows)
-
-
-def flops_table(layout: Layout, samples: int, config, mask) -> pd.DataFrame:
-    """GFLOPs of one round's training of all participants, part by part: dense, and counted under `mask`."""
-    forms = {"dense": {}, "masked SGD": {"mask": mask}, "error feedback": {"mask": mask, "error_feedback": True}}
-    counts = {name: training_flops(layout, config, samples, **form) for name, form in forms.items()}
-    columns = {"part": [part.replace("_", " ") for part in counts["dense"]]}
-    for form, own in counts.items():
-        cells = [f"{count / 1e9:.3f} ({count / counts['dense'][part]:.2f})" for part, count in own.items()]
-        columns[f"{form}, GFLOP (share)"] = cells
-    return pd.DataFrame(columns)
-
-
-def clients_table(clients: pd.DataFrame) -> pd.DataFrame:
-    """Seconds and peak memory of one client's training, measured, and the memory that is counted, in MiB."""
-    rows, counted = [], ("weights", "gradient", "mask", "buffers", "activations", "total")
-    for (model, label), own in clients.groupby(["split", "label"], sort=False):
-        group, row = clients[clients["split"] == model], {"model": model, "client of": label}
-        for column, head in (("seconds", "time, seconds"), ("peak_mib", "peak, MiB")):
-            row[head] = f"{own[column].median():.3g}"
-            row[f"{head.split(',')[0]} / FedAvg's"] = _times_dense(group, label, column)
-        rows.append(row | {f"counted: {part}, MiB": f"{own[part].iloc[0] / 2**20:.2f}" for part in counted})
-    return pd.DataFrame(rows)
-
-
 def models_table(models: pd.DataFrame) -> pd.DataFrame:
     """What a pruned model weighs, a row per model and target sparsity; shares are of the dense one's."""
     shares = {
@@ -185,11 +142,6 @@ def reading(clients: pd.DataFrame, times: pd.DataFrame) -> str:
     lines += [crossings(times), ""]
     lines += [f"Unstructured sparsity buys no time on this machine for {', '.join(never)}." if never else ""]
     return "\n".join(lines).strip()
-
-
-def _formula(run: pd.DataFrame) -> str:
-    up, down = published_bytes(run).sum()
-    return f"{(up + down) / 2**20:.1f}, {(up + down) / (2 * up):.3f}"  # FedAvg's is twice the dense upload
 
 
 def _times_dense(clients: pd.DataFrame, label: str, column: str) -> str:
