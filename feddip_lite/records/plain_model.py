@@ -95,7 +95,8 @@ def program(module: nn.Module, images: Tensor, form: str) -> bytes:
     the same bytes. Raises ValueError for ".onnx" without onnx and onnxscript."""
     number, buffer = {0: torch.export.Dim.DYNAMIC}, io.BytesIO()
     with torch.enable_grad():  # without, our layers take faster operators, which other machines may lack
-        exported = torch.export.export(module.eval(), (images.clone(memory_format=torch.contiguous_format),), dynamic_shapes=(number,))
+        whole = images.clone(memory_format=torch.contiguous_format)  # a view's storage would travel with it
+        exported = torch.export.export(module.eval(), (whole,), dynamic_shapes=(number,))
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the code lies on this machine
     if form == ".pt2":
