@@ -126,17 +126,16 @@ class Config:
 
     def _check_feedback(self) -> None:
         """Refuse feedback of what loses nothing, and of what may lose more than it sends."""
-        for name in ("up", "up_pruned") if self.up_feedback != "none" else ():
-            codec = codec_of(getattr(self, name) or self.up)
-            if codec.kind == "fp32":
-                raise ValueError(
-                    f"up_feedback: {self.up_feedback!r} is not valid with {name} = 'fp32', which loses nothing; "
-                    "expected none"
-                )
+        if self.up_feedback == "none":
+            return
+        codecs = {name: codec_of(getattr(self, name) or self.up) for name in ("up", "up_pruned")}
+        if all(codec.kind == "fp32" for codec in codecs.values()):
+            raise ValueError(f"up_feedback: {self.up_feedback!r} is not valid with up = 'fp32'; expected none")
+        for name, codec in codecs.items():
             if codec.omega >= 1:
                 raise ValueError(
                     f"up_feedback: {self.up_feedback!r} is not valid with {name} = {codec.name!r}, which may lose "
-                    f"{codec.omega:.3g} times the squares that it is given; expected none, more bits, or smaller blocks"
+                    f"{codec.omega:.3g} times the squares it is given; expected none, more bits, or smaller blocks"
                 )
 
     @classmethod

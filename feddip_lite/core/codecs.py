@@ -328,11 +328,10 @@ def _placed(chosen: np.ndarray) -> bytes:
 def _places_of(codec: Codec, data: bytes | memoryview, count: int) -> tuple[np.ndarray, memoryview]:
     """What `_placed` coded: (count,) bool, and what follows it."""
     view = memoryview(data)
-    length = _LENGTH.unpack_from(view)[0] if len(view) >= _LENGTH.size else len(view)
-    code, rest = view[_LENGTH.size :][:length], view[_LENGTH.size + length :]
-    if len(code) != length:
+    stop = _LENGTH.size + (_LENGTH.unpack_from(view)[0] if len(view) >= _LENGTH.size else 0)
+    if len(view) < stop:
         raise ValueError(f"{codec.name}: {len(view)} bytes are too few for its positions")
-    return bits_of_code(code, count).numpy(), rest
+    return bits_of_code(view[_LENGTH.size : stop], count).numpy(), view[stop:]
 
 
 def _signs_of(codec: Codec, data: bytes | memoryview, count: int) -> np.ndarray:
@@ -350,8 +349,8 @@ def _packed_length(count: int, bits: int) -> int:
 
 
 def _packed(codes: np.ndarray, bits: int) -> bytes:
-    """`codes` (count,), each below 2^bits, in `bits` bits each: whole bytes of all, lowest first, then the bits that are
-    left, eight codes in as many bytes as these are bits, the first code lowest."""
+    """`codes` (count,), each below 2^bits, in `bits` bits each: the low byte of all, then the bits that are left, eight
+    codes in as many bytes as these are bits, the first code lowest."""
     parts = []
     while bits >= 8:
         parts.append(codes.astype(np.uint8).tobytes())

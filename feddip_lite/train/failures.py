@@ -79,8 +79,8 @@ def collect(
     for client, job in jobs.items():
         try:
             answer, memory, result = workers.result(job, limit)
+            check_client(answer, result, len(state.mask))
             reply, estimate = taken(method, answer, offers[client], state.estimates.get(client))
-            check_client(reply, result, len(state.mask))
             method.accept(state, reply, state.round)
         except (Exception, SystemExit) as error:  # any failure of a client is the policy's to judge
             reason = f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ values. Coded values are extras of the message, called by part and codec ("value
 and the network know nothing of codecs, and a message says what is in it.
 
     ef     p = w_n - v' + e;  sends C(p);  e <- p - C(p)                    e (n,), the client's
-    ef21   p = w_n - v' - g;  sends C(p);  g <- g + C(p), which stands for w_n - v';   g (n,), the client's and the server's
+    ef21   p = w_n - v' - g;  sends C(p);  g <- g + C(p), which stands for w_n - v'     g (n,), kept at both ends
 
 Both remember every coordinate of w, whatever travels in a round. Sources: Stich et al., NeurIPS 2018 (arXiv 1809.07599)
 and, on the local change, Li and Li, ICML 2023 (Fed-EF); Richtarik et al., NeurIPS 2021 (arXiv 2106.05203). FedPAQ:
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core.codecs import Codec, Fp32
+from ..core.errors import Diverged
 from ..core.flat import kept_indices
 from ..core.message import Message
 from ..core.seeds import numpy_generator
@@ -100,8 +101,9 @@ def taken(method: Method, message: Message, offer: Message, estimate: Tensor | N
 
     Raises:
         ValueError: its values are coded otherwise than `method` says, or damaged; one line.
+        Diverged: they are beyond the range of float32.
     """
-    if not is_coded(method) or not isinstance(message, Message):
+    if not is_coded(method):
         return message, None
     device = torch.device("cpu") if offer.values is None else offer.values.device
     change, reply = _change_in(method, message, offer.mask, device)
@@ -112,7 +114,10 @@ def taken(method: Method, message: Message, offer: Message, estimate: Tensor | N
     if method.up_feedback == "ef21":
         estimate = change.new_zeros(method.layout.size) if estimate is None else estimate.clone()
         estimate[places] = change = estimate[places] + change
-    return replace(reply, values=_spread(method, offer)[places] + change), estimate
+    values = _spread(method, offer)[places] + change
+    if not values.isfinite().all():
+        raise Diverged("the reply's values: infinite, added to those that were sent")
+    return replace(reply, values=values), estimate
 
 
 def own_part(memory: Memory) -> Memory:
