@@ -5,11 +5,10 @@
     server   reads v + what arrived, and gives it to the method as the reply
 
 What goes up is the difference to what came down: it is small, so that a code of few bits loses little of it, and the
-server adds it to its own float32 values, so that what was lost on the way down never enters its master (FedPAQ does so
-for the way up; docs/design.md, section 4). Where a mask has changed in between, a weight that did not travel down
-counts as 0, at both ends. Only values are coded: masks, statistics and scores travel as ever, and so do replies without
-values. Coded values are extras of the message, called by part and codec ("values qsgd:8:512"); so `encode`, `num_bytes`
-and the network know nothing of codecs, and a message says what is in it.
+server adds it to its own float32 values, so that what was lost on the way down never enters its master. A weight that
+did not travel down counts as 0, at both ends. Only values are coded: masks, statistics and scores travel as ever, and
+so do replies without values. Coded values are extras of the message, called by part and codec ("values qsgd:8:512"); so
+`encode`, `num_bytes` and the network know nothing of codecs, and a message says what is in it.
 
     ef     p = w_n - v' + e;  sends C(p);  e <- p - C(p)                    e (n,), the client's
     ef21   p = w_n - v' - g;  sends C(p);  g <- g + C(p), which stands for w_n - v'     g (n,), kept at both ends
@@ -44,7 +43,8 @@ _COUNT = struct.Struct("<I")  # numbers, before their code
 
 def is_coded(method: Method) -> bool:
     """Whether values travel otherwise than as float32, one way or the other."""
-    return not (isinstance(method.down, Fp32) and isinstance(method.up, Fp32))
+    codecs = method.down, method.up, method.up_pruned or method.up
+    return not all(isinstance(codec, Fp32) for codec in codecs)
 
 
 def sent(method: Method, offer: Message, t: int, client: int) -> Message:
