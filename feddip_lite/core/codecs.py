@@ -48,9 +48,8 @@ class Codec:
     @property
     def name(self) -> str:
         """As in YAML, on the command line and in messages; `codec_of` has the codec back."""
-        return ":".join(
-            [self.kind, *(f"{value:g}" if isinstance(value, float) else str(value) for value in astuple(self))]
-        )
+        numbers = [f"{value:g}" if isinstance(value, float) else str(value) for value in astuple(self)]
+        return ":".join([self.kind, *numbers])
 
     @property
     def omega(self) -> float:
@@ -104,8 +103,8 @@ class QSGD(Codec):
     Unbiased; omega = (sqrt(1 + (block - 1) / s^2) - 1) / 2, reached where one number is large and all others alike.
     Bytes: a float32 scale per block, then the levels, `bits` each.
     Deviation: scaled by the largest magnitude, where Alistarh et al. have the 2-norm in their analysis (and omega at
-    most min(d/s^2, sqrt(d)/s)): all levels are used then, and the error is never larger.
-    Source: Alistarh et al., NIPS 2017, arXiv 1610.02132, section 3.1 and its blocks in section 4.
+    most min(d/s^2, sqrt(d)/s)): all levels are used then, and the worst error is smaller.
+    Source: Alistarh et al., NIPS 2017, arXiv 1610.02132, with its blocks ("buckets").
     """
 
     kind = "qsgd"

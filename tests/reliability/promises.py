@@ -220,8 +220,8 @@ PROMISES = {
             },
         ),
         Promise(
-            "Values that travel coded are read whole or refused in one line, whatever was damaged, and so is a reply in "
-            "another code than its server asked for; nothing of it is merged.",
+            "Values that travel coded are read whole or refused in one line, whatever was damaged; so is a reply in "
+            "another code than its server asked for: nothing of it is merged.",
             one(
                 test_codecs.test_damaged_bytes_give_finite_numbers_or_one_clear_line,
                 test_codecs.test_any_bytes_at_all_raise_nothing_but_value_errors,
