@@ -23,6 +23,12 @@ from feddip_lite.train.run import running
 
 CODECS = ("fp16", "qsgd:8:512", "qsgd:4:512", "ternary:512", "topk:0.01", "sign")
 SPARSITIES = (0.0, 0.9)
+MEASURES = ("encode_s", "encode_cpu_s", "decode_s", "decode_cpu_s")
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds that have passed, and those of a core that this process had, which a busy machine does not lengthen."""
+    return time.perf_counter(), time.process_time()
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +48,13 @@ def record(given: argparse.Namespace) -> dict:
             for name in given.codecs:
                 codec, times = codec_of(name), []
                 for repeat in range(given.repeats):
-                    start = time.perf_counter()
+                    moments = [clocks()]
                     data = codec.encode(values, np.random.default_rng(repeat))
-                    coded = time.perf_counter()
+                    moments.append(clocks())
                     codec.decode(data, len(values))
-                    times.append((coded - start, time.perf_counter() - coded))
-                encode, decode = (statistics.median(each) for each in zip(*times, strict=True))
+                    times.append(np.diff([*moments, clocks()], axis=0).reshape(-1))
+                seconds = (float(statistics.median(each)) for each in zip(*times, strict=True))
                 row = {"codec": name, "sparsity": sparsity, "numbers": len(values), "bytes": len(data)}
-                rows.append(row | {"encode_s": encode, "decode_s": decode})
+                rows.append(row | dict(zip(MEASURES, seconds, strict=True)))
                 print(rows[-1], flush=True)
     return {"rows": rows, "provenance": provenance(torch.device("cpu"), 1)}

@@ -26,7 +26,7 @@ from .settings import Check, accepted, integer, read_value, real, setting, valid
 from .sparsity import topk_mask
 
 _LENGTH = struct.Struct("<I")
-_PIECE = 2**15  # numbers that are worked on at a time: they and what is made of them fit into a core's cache
+_PIECE = 2**14  # numbers worked on at a time: what is made of them fits into a core's cache, and malloc maps no pages
 
 
 @dataclass(frozen=True)
