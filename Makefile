@@ -78,8 +78,9 @@ gpu:             ## all that a GPU is asked for, in MINUTES=8 into OUT=build/gpu
 	$(PYTHON) tools/gpu.py --minutes $(or $(MINUTES),8) --out $(or $(OUT),build/gpu) --device $(or $(DEVICE),cuda) \
 	  $(if $(COMMIT),--commit $(COMMIT)) $(if $(JOIN),--join $(JOIN)) $(if $(RESUME),--resume $(RESUME))
 
-bench: $(READY)  ## time the engine against stock operators
+bench: $(READY)  ## time the engine against stock operators, and the codecs
 	$(PY) -m benchmarks engine
+	$(PY) -m benchmarks codecs
 
 lint: $(READY)   ## style, formatting, layers
 	$(PY) -m ruff check .

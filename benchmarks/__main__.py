@@ -12,7 +12,7 @@ from pathlib import Path
 
 from feddip_lite.records.store import plain
 
-NAMES = ("engine", "growth", "masks", "cost", "flower")
+NAMES = ("engine", "growth", "masks", "codecs", "cost", "flower")
 
 
 def main(arguments: list[str] | None = None) -> None:

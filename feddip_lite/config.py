@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from .core.codecs import codec_of, named_codec
 from .core.models import MODELS
 from .core.settings import (
     Check,
@@ -89,6 +90,14 @@ class Config:
     final_prune: bool = setting(
         False, flag(), "prune the last model to the target sparsity exactly, by magnitude, whatever the method"
     )
+    down: str = setting("fp32", named_codec(), "codec of the values that go down")
+    up: str = setting("fp32", named_codec(), "codec of the values that go up, as their difference to what came down")
+    up_pruned: str | None = setting(
+        None, named_codec(), "codec of the weights that the mask prunes, in a dense upload", none="that of up"
+    )
+    up_feedback: str = setting(
+        "none", one_of("none", "ef", "ef21"), "what a client remembers of what was lost on the way up"
+    )
     precision: str = setting("float32", one_of("float32", "tf32", "bf16"), "arithmetic of training")
     on_client_failure: str = setting("abort", one_of("abort", "skip"), "when a client fails: stop, or merge the rest")
     client_timeout: float | None = setting(None, real("(0, inf)"), "seconds a client may train", none="no limit")
@@ -106,6 +115,7 @@ class Config:
                 f"smoothness: {self.smoothness} is not valid with lr_schedule = {self.lr_schedule!r}; expected a "
                 "number in (0, inf) with 'theory' and none otherwise"
             )
+        self._check_feedback()
         own = settings_of(self.method, self.preset)
         for name in ("initial_sparsity", "mask_interval", "penalty_max"):
             if getattr(self, name) is not None and name not in own:
@@ -113,6 +123,20 @@ class Config:
                     f"{name}: {getattr(self, name)} is not valid; expected none, since {self.method} has none"
                 )
         resolved_options(self.method, self.preset, self.method_options, FIELDS)
+
+    def _check_feedback(self) -> None:
+        """Refuse feedback of what loses nothing, and of what may lose more than it sends."""
+        if self.up_feedback == "none":
+            return
+        codecs = {name: codec_of(getattr(self, name) or self.up) for name in ("up", "up_pruned")}
+        if all(codec.kind == "fp32" for codec in codecs.values()):
+            raise ValueError(f"up_feedback: {self.up_feedback!r} is not valid with up = 'fp32'; expected none")
+        for name, codec in codecs.items():
+            if codec.omega >= 1:
+                raise ValueError(
+                    f"up_feedback: {self.up_feedback!r} is not valid with {name} = {codec.name!r}, which may lose "
+                    f"{codec.omega:.3g} times the squares it is given; expected none, more bits, or smaller blocks"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -16,7 +16,7 @@ DESIGN = {
     "lr_schedule": "exponential", "smoothness": None, "weight_decay": 5e-4, "initial_sparsity": None,
     "target_sparsity": 0.9, "mask_interval": None, "penalty_max": None, "penalty_steps": 20, "partition": "iid",
     "classes_per_client": 2, "classes_dealt": "drawn", "alpha": 0.5, "validation": 0.0, "seed": 0, "preset": "paper",
-    "method_options": {}, "final_prune": False,
+    "method_options": {}, "final_prune": False, "down": "fp32", "up": "fp32", "up_pruned": None, "up_feedback": "none",
     "eval_every": 1, "precision": "float32", "on_client_failure": "abort", "client_timeout": None,
     "device": "auto", "workers": "auto",
 }  # fmt: skip
@@ -29,7 +29,8 @@ OTHER = {
     "lr_schedule": "theory", "smoothness": 3.0, "weight_decay": 4e-4, "initial_sparsity": 0.4, "target_sparsity": 0.8,
     "mask_interval": 4, "penalty_max": 2e-3, "penalty_steps": 19, "partition": "dirichlet", "classes_per_client": 3,
     "classes_dealt": "in_order", "alpha": 0.4, "validation": 0.1, "seed": 1, "preset": "repo",
-    "method_options": {"upload": "masked"}, "final_prune": True,
+    "method_options": {"upload": "masked"}, "final_prune": True, "down": "fp16", "up": "qsgd:8:512",
+    "up_pruned": "ternary:512", "up_feedback": "ef",
     "eval_every": 2, "precision": "bf16", "on_client_failure": "skip", "client_timeout": 1.0,
     "device": "cpu", "workers": 2,
 }  # fmt: skip
@@ -41,6 +42,8 @@ UNHASHED = {"device", "workers", "client_timeout"}
 def changed(name):
     if name in ("lr_schedule", "smoothness"):  # valid together only
         return Config(lr_schedule="theory", smoothness=2.0 if name == "lr_schedule" else OTHER["smoothness"])
+    if name == "up_feedback":  # of what loses nothing there is none
+        return Config(up="topk:0.01", up_feedback=OTHER[name])
     return Config(**{name: OTHER[name]})
 
 
@@ -75,6 +78,23 @@ def test_run_id_depends_on_every_field_that_changes_the_run(name):
 
 def test_run_ids_of_single_changes_are_all_different():
     assert len({changed(name).run_id for name in FIELDS - UNHASHED}) == len(FIELDS - UNHASHED)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"), [("qsgd", "qsgd:8:512"), ("qsgd:4", "qsgd:4:512"), ("topk:1e-2", "topk:0.01")]
+)
+def test_run_id_does_not_depend_on_how_a_codec_is_written(short, long):
+    assert Config(up=short).up == long
+    assert Config(up=short).run_id == Config(up=long).run_id != Config(down=long).run_id
+
+
+def test_feedback_that_could_not_work_is_refused():
+    with pytest.raises(ValueError, match="up_feedback: 'ef' is not valid with up = 'fp32'; expected none"):
+        Config(up_feedback="ef")
+    with pytest.raises(
+        ValueError, match="up_pruned = 'ternary:512', which may lose 21.6 times the squares it is given"
+    ):
+        Config(up="qsgd", up_pruned="ternary", up_feedback="ef21")
 
 
 @pytest.mark.parametrize("value", ["shared", "none"])

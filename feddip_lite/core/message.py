@@ -135,7 +135,7 @@ def decode(data: bytes, layout: "Layout") -> Message:
     _require(has_mask or not code_length, f"{code_length} bytes of mask code without a mask")
     reader = _Reader(view[_HEADER.size : -_CRC.size])
     values = reader.tensor(torch.float32, count, "values") if has_values else None
-    mask = _decode_mask(reader.take(code_length, "mask code"), mask_length) if has_mask else None
+    mask = bits_of_code(reader.take(code_length, "mask code"), mask_length) if has_mask else None
     extras = _read_extras(reader, extras_count)
     _require(not reader.view, f"{len(reader.view)} bytes left over at the end")
     return Message(values, mask, extras)
@@ -190,7 +190,12 @@ def _code_of(mask: Tensor) -> bytes:
 
 @lru_cache(maxsize=16)  # equal masks in other tensors, as a decoded one, have the same code
 def _mask_code(packed_bits: bytes, length: int) -> bytes:
-    """Returns a kind byte and the smallest deflate stream of bitmap or gaps.
+    return code_of_bits(packed_bits, length)
+
+
+def code_of_bits(packed_bits: bytes, length: int) -> bytes:
+    """Returns a kind byte and the smallest deflate stream of bitmap or gaps, for `length` bits as `np.packbits` packs
+    them; `bits_of_code` is its inverse.
 
     Deflate's search for repeats pays on masks with structure; on scattered ones Huffman coding alone is better, 1 %
     above the entropy at 5 % density. So both are tried on both, the slow search on short contents only.
@@ -221,7 +226,8 @@ def _gap_bytes(mask: np.ndarray) -> bytes:
     return code.tobytes()
 
 
-def _decode_mask(code: memoryview, length: int) -> Tensor:
+def bits_of_code(code: memoryview, length: int) -> Tensor:
+    """The (length,) bool that `code_of_bits` coded, distrusting every byte. Raises ValueError: one line."""
     kind = code[0] if code else None
     _require(kind in (_BITMAP, _GAPS), f"mask code is of kind {kind}, must be {_BITMAP} or {_GAPS}")
     packed_length = (length + 7) // 8

@@ -142,6 +142,7 @@ OTHER_NAMES = {
     "e": "local_epochs", "sparsity": "target_sparsity", "density": "target_sparsity", "batch": "batch_size",
     "lambda": "penalty_max", "t": "rounds", "n": "clients", "k": "clients_per_round", "data": "dataset",
     "algorithm": "method", "algo": "method", "strategy": "method", "output": "results", "outdir": "results",
+    "codec": "up", "compression": "up", "quantisation": "up", "quantization": "up",
     "threads": "workers", "cores": "workers", "wd": "weight_decay", "dp": "feddp", "dip": "feddip",
     "mnist": "fashionmnist", "resnet": "resnet18",
 }  # fmt: skip

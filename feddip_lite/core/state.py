@@ -22,6 +22,7 @@ class ServerState:
         mask: (P,) bool, True = kept.
         memory: the method's own named tensors.
         memories: the clients' own, by client id; of a client that is elsewhere, what tells which memory it holds.
+        estimates: what the server believes of each client's change, (n,) by client id, under the feedback "ef21".
     """
 
     round: int
@@ -30,3 +31,4 @@ class ServerState:
     mask: Tensor
     memory: Memory = field(default_factory=dict)
     memories: Mapping[int, Memory] = field(default_factory=dict)
+    estimates: Mapping[int, Tensor] = field(default_factory=dict)

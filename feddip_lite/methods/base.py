@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.codecs import Codec, Fp32
 from ..core.flat import FlatModel, Layout, kept_indices
 from ..core.message import Message
 from ..core.plan import LocalPlan, LocalResult
@@ -73,12 +74,18 @@ class Method:
         layout: of the model; all flat vectors refer to it.
         rounds, seed: of the run; every draw a method makes is addressed by (seed, purpose, round, client).
         context: for methods that need more of the run.
+        down, up, up_pruned, up_feedback: how values travel (`train/transport.py`); no hook needs to know. FedPAQ is
+            `FedAvg(..., up=QSGD(8))`, Fed-EF `FedAvg(..., up=TopK(0.01), up_feedback="ef")`.
     """
 
     layout: Layout
     rounds: int
     seed: int
     context: Context | None = field(default=None, repr=False)
+    down: Codec = field(default=Fp32(), kw_only=True)
+    up: Codec = field(default=Fp32(), kw_only=True)
+    up_pruned: Codec | None = field(default=None, kw_only=True)
+    up_feedback: str = field(default="none", kw_only=True)
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
     about: ClassVar[About] = About(title="Method")
@@ -130,6 +137,20 @@ class Method:
         """The state after round t, from `replies` by client id. Default: weighted means, same mask."""
         weights = self.mean_weights(state, replies)
         return replace(state, round=t + 1, weights=weights, buffers=mean_buffers(state, replies))
+
+    def places(self, message: Message, mask: Tensor | None) -> slice | Tensor:
+        """Where in w the values of an offer or a reply stand, in their order: an index of (n,) vectors. Default: where
+        the mask (P,) keeps, the message's own or else `mask`, then all that is unprunable; n values are all of w.
+
+        Raises:
+            ValueError: as `accept` does of values.
+        """
+        mask = mask if message.mask is None else message.mask
+        self.layout.check_packed(message.values, mask)
+        if message.values.numel() == self.layout.size:
+            return slice(None)
+        unprunable = torch.arange(self.layout.prunable, self.layout.size, device=mask.device)
+        return torch.cat([kept_indices(mask), unprunable])
 
     def mean_weights(self, state: ServerState, replies: Replies) -> Tensor:
         """sum_n rho_n w_n over the replies, rho_n = samples_n / sum of samples: float32 (n,), summed in float64.

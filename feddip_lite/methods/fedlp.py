@@ -136,8 +136,15 @@ class FedLP(Method):
         return self.parts
 
     def part_of(self, message: Message) -> Sequence[bool]:
-        """Which of `tensors` a message holds: the part that has its number of values."""
-        return next(kept for kept in self.parts_of(message) if self.sizes(kept)[0] == len(message.values))
+        """Which of `tensors` a message holds: the part that has its number of values. Raises ValueError: none has."""
+        for kept in self.parts_of(message):
+            if self.sizes(kept)[0] == len(message.values):
+                return kept
+        raise ValueError(f"values: {len(message.values)} of them; expected those of whole tensors")
+
+    def places(self, message: Message, mask: Tensor | None) -> Tensor:
+        weights = coordinates(self.tensors, self.part_of(message))[: self.layout.size]
+        return weights.nonzero().view(-1).to(message.values.device)
 
     def sizes(self, kept: Sequence[bool]) -> tuple[int, int]:
         """The numbers of (values, statistics) in those of `tensors` that are `kept`."""

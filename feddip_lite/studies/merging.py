@@ -21,6 +21,7 @@ from ..records.store import HEADLINE_ROWS
 from ..train.evaluate import evaluate_state
 from ..train.observe import Run
 from ..train.round import RoundRecord
+from ..train.transport import methods_part, received
 from .trajectory import Trajectory, record_trajectory
 
 MEASURES = ("alignment", "members_accuracy", "merging_gain")
@@ -36,8 +37,10 @@ class Merging(Trajectory):
 
     def round_columns(self, run: Run, record: RoundRecord) -> dict[str, float]:
         exchange, state, t = record.exchange, record.exchange.before, record.round
-        offers, memories, layout = exchange.offers, state.memories, run.method.layout
-        plans = [run.method.plan(offers[client], memories.get(client, EMPTY), t) for client in exchange.results]
+        layout, device = run.method.layout, state.weights.device
+        offers = {client: received(run.method, exchange.offers[client], device) for client in exchange.results}
+        memories = {client: methods_part(state.memories.get(client, EMPTY)) for client in offers}
+        plans = [run.method.plan(offer, memories[client], t) for client, offer in offers.items()]
         trained = list(exchange.results.values())
         full = torch.ones_like(state.mask)
 

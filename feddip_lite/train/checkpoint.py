@@ -70,6 +70,7 @@ def save_checkpoint(path: Path, progress: Progress, config: Config, origin: Mapp
         "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
         "memory": dict(state.memory),
         "memories": {client: dict(memory) for client, memory in state.memories.items()},
+        "estimates": dict(state.estimates),
         "masks": {"row_mask": progress.row_mask, "pruned": progress.pruned},
         "rest": json.dumps({name: getattr(progress, name) for name in _REST}),
     }
@@ -101,7 +102,8 @@ def load_checkpoint(path: Path, config: Config, device: torch.device, clients: C
         content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
         origin = content["came_from"]
         there, here = json.loads(content["config"]), json.loads(_identity(config))
-        state = ServerState(**content["state"], memory=content["memory"], memories=content["memories"])
+        memories = {name: content[name] for name in ("memory", "memories")}
+        state = ServerState(**content["state"], **memories, estimates=content.get("estimates", {}))  # older ones: none
         progress = Progress(state, **content["masks"], **json.loads(content["rest"]))
     except Exception as error:  # whole, but not ours; torch and pickle raise many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..config import Config
 from ..core.errors import ClientFailure, Diverged
@@ -14,6 +17,7 @@ from ..core.message import Message
 from ..core.plan import LocalResult
 from ..core.state import Memory, ServerState
 from ..methods.base import Method
+from .transport import taken
 from .workers import Job, Workers
 
 
@@ -40,10 +44,28 @@ def check_client(reply: Message, result: LocalResult, prunable: int) -> None:
         raise ValueError(f"the reply's samples: {claimed} is not valid; expected [{result.samples}]")
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What came of a cohort, by client id in ascending order: replies as they travelled (`answers`) and as their method
+    reads them, `transport.taken`'s estimates where there are any, and why clients were skipped."""
+
+    answers: dict[int, Message] = field(default_factory=dict)
+    replies: dict[int, Message] = field(default_factory=dict)
+    memories: dict[int, Memory] = field(default_factory=dict)
+    estimates: dict[int, Tensor] = field(default_factory=dict)
+    results: dict[int, LocalResult] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
 def collect(
-    jobs: Mapping[int, Job], workers: Workers, method: Method, state: ServerState, config: Config
-) -> tuple[dict[int, Message], dict[int, Memory], dict[int, LocalResult], dict[int, str]]:
-    """Wait for all clients. Returns (replies, memories, results, skipped), each by client id in ascending order.
+    jobs: Mapping[int, Job],
+    workers: Workers,
+    method: Method,
+    offers: Mapping[int, Message],
+    state: ServerState,
+    config: Config,
+) -> Collected:
+    """Wait for all clients, to whom the method made these offers.
 
     A reply is looked at as it comes, by `check_client` and by the method's own `accept`: what is here can be merged.
 
@@ -51,30 +73,33 @@ def collect(
         ClientFailure: under "abort", of the first client that failed, when none is running any more; and if every one
             failed.
     """
-    replies, memories, results, skipped, errors = {}, {}, {}, {}, []
+    found, errors = Collected(), []
     # A client looks at the clock itself, between batches; only one that does not even do that is given up.
     limit = None if config.client_timeout is None else 2 * config.client_timeout
     for client, job in jobs.items():
         try:
-            reply, memory, result = workers.result(job, limit)
-            check_client(reply, result, len(state.mask))
+            answer, memory, result = workers.result(job, limit)
+            check_client(answer, result, len(state.mask))
+            reply, estimate = taken(method, answer, offers[client], state.estimates.get(client))
             method.accept(state, reply, state.round)
         except (Exception, SystemExit) as error:  # any failure of a client is the policy's to judge
             reason = f"{type(error).__name__}: {error}"
             if config.on_client_failure == "abort":
                 _end(jobs, workers, limit)
                 raise ClientFailure(f"round {state.round}, client {client}: {reason}") from error
-            skipped[client] = reason
+            found.skipped[client] = reason
             errors.append(error)
         else:
-            replies[client], results[client] = reply, result
+            found.answers[client], found.replies[client], found.results[client] = answer, reply, result
             if memory:
-                memories[client] = memory
-    if not replies:
+                found.memories[client] = memory
+            if estimate is not None:
+                found.estimates[client] = estimate
+    if not found.replies:
         cause = errors[-1] if all(isinstance(error, Diverged) for error in errors) else None
-        client, reason = next(reversed(skipped.items()))
+        client, reason = next(reversed(found.skipped.items()))
         raise ClientFailure(f"round {state.round}: every client failed; client {client}: {reason}") from cause
-    return replies, memories, results, skipped
+    return found
 
 
 def _end(jobs: Mapping[int, Job], workers: Workers, limit: float | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
 from ..config import Config
 from ..core.errors import Diverged
@@ -73,9 +74,14 @@ def facts_of(run: Run) -> dict:
             **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},
             "memory": sha256_of(state.memory),
             "clients": {client: clients.digest(memory) for client, memory in sorted(state.memories.items())},
+            **({"estimates": _sha256_by_client(state.estimates)} if state.estimates else {}),
         },
         wall_seconds=run.progress.wall_seconds,
     )
+
+
+def _sha256_by_client(tensors: Mapping[int, Tensor]) -> dict[int, str]:
+    return {client: sha256_of({"": tensor}) for client, tensor in sorted(tensors.items())}
 
 
 def layers_of(layout: Layout, state: ServerState) -> list[dict]:

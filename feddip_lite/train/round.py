@@ -2,6 +2,7 @@
 
     for each client of the cohort:   offer -> plan -> local update -> reply         then   merge
 
+What the codecs of `transport.py` make of offers and replies is what travels; without codecs they travel as they are.
 State is a value; all that one round leaves to the next is in `ServerState`. Read before: `methods/base.py` (the hooks);
 after: `client.py` (what a client does), `run.py` (many rounds make a run).
 """
@@ -25,6 +26,7 @@ from ..data.datasets import Dataset
 from ..methods.base import Method, samples_of
 from .client import local_update, see_test_images
 from .failures import collect
+from .transport import answered, is_coded, methods_part, received, sent
 from .workers import Workers
 
 
@@ -42,7 +44,8 @@ class Clients:
     def deliver(
         self, method: Method, offers: Mapping[int, Message], state: ServerState, config: Config
     ) -> dict[int, Future]:
-        """Hand every offer to its client. Returns what each makes of it: a future (reply, memory, result)."""
+        """Hand every offer, as it travels, to its client. Returns what each makes of it: a future (reply as it travels,
+        memory, result)."""
         t = state.round
         return {
             client: self.workers.submit(
@@ -62,8 +65,8 @@ class Clients:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What travelled in a round, for those who look at runs: the state before it, offers and replies by client id, and
-    what training left at clients in this process (of others there is only an account)."""
+    """What travelled in a round, for those who look at runs: the state before it, offers and replies by client id, as
+    they travelled, and what training left at clients in this process (of others there is only an account)."""
 
     before: ServerState
     offers: Mapping[int, Message]
@@ -106,13 +109,16 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     """
     t = state.round
     offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
-    jobs = clients.deliver(method, offers, state, config)  # each: plan -> local update -> reply, `train_client`
-    replies, memories, results, skipped = collect(jobs, clients.workers, method, state, config)
-    merged = method.merge(state, replies, t)
+    travelling = {client: sent(method, offer, t, client) for client, offer in offers.items()}
+    jobs = clients.deliver(method, travelling, state, config)  # each: plan -> local update -> reply, `train_client`
+    found = collect(jobs, clients.workers, method, offers, state, config)
+    merged = method.merge(state, found.replies, t)
     if config.final_prune and t == config.rounds - 1:
         merged = pruned_to(merged, config.target_sparsity)
-    new = replace(merged, memories={**state.memories, **memories})
-    return new, record_of(new, Exchange(state, offers, replies, results), skipped, method, config)
+    memories, estimates = {**state.memories, **found.memories}, {**state.estimates, **found.estimates}
+    new = replace(merged, memories=memories, estimates=estimates)
+    exchange = Exchange(state, travelling, found.answers, found.results)
+    return new, record_of(new, exchange, found.skipped, method, config)
 
 
 def pruned_to(state: ServerState, sparsity: float) -> ServerState:
@@ -132,15 +138,23 @@ def train_client(
     t: int,
     client: int,
 ) -> tuple[Message, Memory, LocalResult]:
-    """One client's part of a round. Returns (reply, the client's new memory, result).
+    """One client's part of a round, from an offer as it arrived. Returns (reply as it travels, the client's new memory,
+    result).
 
-    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
+    Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`. Only
+    what is coded has to be finite, and is waited for anyway.
     """
-    plan = method.plan(offer, memory, t)
+    offer, own = received(method, offer, model.weights.device), methods_part(memory)
+    plan = method.plan(offer, own, t)
     result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
     if plan.test_leak:
         result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
-    return *method.reply(result, memory, t), result
+    reply, own = method.reply(result, own, t)
+    if not is_coded(method):
+        return reply, own, result
+    result.check()
+    answer, kept = answered(method, reply, offer, memory, t, client)
+    return answer, {**own, **kept}, result
 
 
 def record_of(

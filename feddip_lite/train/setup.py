@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import Config
 from ..core.autograd import Autograd
+from ..core.codecs import codec_of
 from ..core.errors import Note
 from ..core.flat import FlatModel, Layout
 from ..core.models import INPUT_SHAPES, build_model, empty_model, num_stages
@@ -96,6 +97,14 @@ def prepare(
         warnings.warn(
             f"batch_size: {config.batch_size}, and no client has more than {largest} training samples: an epoch is one "
             "step; fewer clients or smaller batches learn sooner",
+            Note,
+            stacklevel=2,
+        )
+    if config.up_feedback != "none" and config.clients_per_round < config.clients:
+        rounds = config.clients / config.clients_per_round
+        warnings.warn(
+            f"up_feedback: {config.up_feedback!r} with {config.clients_per_round} of {config.clients} clients per "
+            f"round: what a client remembers is stale, {rounds:g} rounds old on average",
             Note,
             stacklevel=2,
         )
@@ -211,4 +220,14 @@ def build_method(config: Config, layout: Layout, context: Context | None = None)
     method = METHODS[config.method]
     own = settings_of(config.method, config.preset)
     values = {name: config.method_options.get(name, getattr(config, name, None)) for name in own}
-    return method(layout=layout, rounds=config.rounds, seed=config.seed, context=context, **values)
+    codecs = {name: codec_of(getattr(config, name)) for name in ("down", "up")}
+    codecs["up_pruned"] = None if config.up_pruned is None else codec_of(config.up_pruned)
+    return method(
+        layout=layout,
+        rounds=config.rounds,
+        seed=config.seed,
+        context=context,
+        up_feedback=config.up_feedback,
+        **codecs,
+        **values,
+    )

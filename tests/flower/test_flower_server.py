@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -61,6 +62,44 @@ def test_the_same_bits_as_in_one_process(method, tmp_path):
     assert bool(expected.state.memories) == (method == "feddst")
     digests = {client: sha256_of(memory) for client, memory in expected.state.memories.items()}
     assert {client: token_of(memory).partition("-")[2] for client, memory in found.state.memories.items()} == digests
+
+
+Q = "qsgd:8:512"
+CODED = {
+    "X4": {"method_options": {"upload": "masked", "mask_source": "masked_average"}, "up": Q, "down": Q},
+    "X4t": {"preset": "memory", "up": Q, "up_pruned": "ternary:512", "down": Q},
+    "Fed-EF": {"method": "fedavg", "up": "topk:0.01", "up_feedback": "ef"},
+    "EF21": {**FEDDST, "up": "sign", "down": "fp16", "up_feedback": "ef21"},
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_coded_values_are_the_same_bytes_and_bits_as_in_one_process(name, tmp_path):
+    config, grid = tiny_config(width=0.1, **CODED[name]), Grid(tiny_config(width=0.1, **CODED[name]), tmp_path)
+    (expected, records), (found, found_records) = finished(config, here), finished(config, over(grid))
+    assert same(expected.state, found.state) and repr(found_records) == repr(records)
+    assert grid.bytes == {"up": found.up_bytes, "down": found.down_bytes}
+    assert sha256_of({str(k): v for k, v in expected.state.estimates.items()}) == sha256_of(
+        {str(k): v for k, v in found.state.estimates.items()}
+    )
+    digests = {client: sha256_of(memory) for client, memory in expected.state.memories.items()}
+    assert {client: token_of(memory).partition("-")[2] for client, memory in found.state.memories.items()} == digests
+
+
+def test_a_reply_in_another_code_is_its_clients_failure(tmp_path):
+    config = tiny_config(method="fedavg", up=Q, clients=3, width=0.1)
+    renamed = of(1, payload=lambda data: sealed(data[:-4].replace(b"values qsgd:8:512", b"values qsgd:8:256")))
+    progress, advance = start(config, over(Grid(config, tmp_path, spoil=renamed)))
+    before = progress.state
+    with pytest.raises(
+        ClientFailure, match="round 0, client 1: .*holds 'values qsgd:8:256'; expected 'values qsgd:8:512'"
+    ):
+        advance()
+    assert progress.state is before
+
+
+def sealed(body):
+    return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -45,6 +45,17 @@ def test_a_run_of_an_unregistered_method_is_shown_by_its_name_and_changes_no_oth
     assert results_table(results)["method (preset)"].tolist() == ["FedAvg", "FedDIP", "lent"]
 
 
+def test_how_values_travel_is_in_the_name_and_makes_an_own_setting_of_no_run(tmp_path):
+    few = {**FAST, "rounds": 2}
+    codecs = ({}, {"up": "qsgd"}, {"up": "topk", "up_feedback": "ef"})
+    for changes in codecs:
+        run(tiny_config(method="fedavg", **few, **changes), results_dir=tmp_path, progress=False)
+    results = describe(load_results(tmp_path))
+    said = ["FedAvg", "FedAvg (up = qsgd:8:512)", "FedAvg (up = topk:0.01, up_feedback = ef)"]
+    assert labels(results) == said and results["setting"].nunique() == 1
+    assert set(results["changed"]) == {"", "up", "up, up_feedback"}
+
+
 def test_its_name_says_its_preset(folder):
     results = load_results(folder)
     own = results[results["method"] == "lent"].assign(preset="mine")

@@ -14,6 +14,7 @@ sys.path += [str(path) for path in (Path(__file__).parents[1], *Path(__file__).p
 
 import test_checkpoint
 import test_cli
+import test_codecs
 import test_config
 import test_curves
 import test_damage
@@ -37,6 +38,7 @@ import test_run
 import test_setup
 import test_store
 import test_together
+import test_transport
 
 from feddip_lite.records.store import ROOT
 
@@ -216,6 +218,16 @@ PROMISES = {
                 test_message.test_a_decompression_bomb_is_refused_within_the_memory_its_mask_may_need: 1,
                 test_message.test_decode_refuses: 1,
             },
+        ),
+        Promise(
+            "Values that travel coded are read whole or refused in one line, whatever was damaged; so is a reply in "
+            "another code than its server asked for: nothing of it is merged.",
+            one(
+                test_codecs.test_damaged_bytes_give_finite_numbers_or_one_clear_line,
+                test_codecs.test_any_bytes_at_all_raise_nothing_but_value_errors,
+                test_codecs.test_what_is_wrong_with_bytes_is_said,
+                test_transport.test_a_reply_in_another_code_than_asked_for_is_refused,
+            ),
         ),
     ],
     "A wrong input never becomes a wrong figure": [
