@@ -8,8 +8,9 @@ after: `client.py` (what a client does), `run.py` (many rounds make a run).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -31,23 +32,24 @@ from .workers import Workers
 @dataclass(frozen=True)
 class Clients:
     """The clients' data, and who trains on it. `train[i]`, `test[i]`: sample indices of client i, int64 on the device;
-    `split_sha256`: the checksum of them all."""
+    `split_sha256`: the checksum of them all; `together(plans, data, train, t)`: local updates of several clients at
+    once, by client id, of those plans for which it can; None = each trains by itself."""
 
     data: Dataset
     train: tuple[Tensor, ...]
     test: tuple[Tensor, ...]
     workers: Workers
     split_sha256: str = ""
+    together: Callable[..., dict[int, LocalResult]] | None = None
 
     def deliver(
         self, method: Method, offers: Mapping[int, Message], state: ServerState, config: Config
     ) -> dict[int, Future]:
         """Hand every offer to its client. Returns what each makes of it: a future (reply, memory, result)."""
-        t = state.round
+        t, memories = state.round, {client: state.memories.get(client, EMPTY) for client in offers}
+        done = self.together and self.workers.submit(train_together, method, offers, memories, self, t)
         return {
-            client: self.workers.submit(
-                train_client, method, offer, state.memories.get(client, EMPTY), self, config, t, client
-            )
+            client: self.workers.submit(train_client, method, offer, memories[client], self, config, t, client, done)
             for client, offer in offers.items()
         }
 
@@ -131,16 +133,36 @@ def train_client(
     config: Config,
     t: int,
     client: int,
+    done: Future | None = None,
 ) -> tuple[Message, Memory, LocalResult]:
-    """One client's part of a round. Returns (reply, the client's new memory, result).
+    """One client's part of a round. Returns (reply, the client's new memory, result). `done`, if given, holds the local
+    updates that clients did together.
 
     Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
     """
     plan = method.plan(offer, memory, t)
-    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
+    result = done.result().get(client) if done else None
+    if result is None:
+        result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
     if plan.test_leak:
         result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
     return *method.reply(result, memory, t), result
+
+
+def train_together(
+    model: FlatModel,
+    method: Method,
+    offers: Mapping[int, Message],
+    memories: Mapping[int, Memory],
+    clients: Clients,
+    t: int,
+) -> dict[int, LocalResult]:
+    """The local updates of those clients of a round that can be trained together, by client id."""
+    plans = {}
+    for client, offer in offers.items():
+        with suppress(Exception):  # it fails again when it is the client's turn, and is told of there
+            plans[client] = method.plan(offer, memories[client], t)
+    return clients.together(plans, clients.data, clients.train, t)
 
 
 def record_of(
