@@ -109,7 +109,7 @@ class _BatchNorm(_Layer):
         centred = y - mean[:, :, None, None]
         variance = (centred.square() * valid).sum((0, 3, 4)) / count.clamp_min(1)
         with torch.no_grad():
-            share = self.momentum * (count > 0)
+            share = self.momentum * (count > 0).to(count.dtype)
             self.mean.add_(share * (mean - self.mean))
             self.variance.add_(share * (variance * count / (count - 1).clamp_min(1) - self.variance))
         factor = (variance + self.eps).rsqrt() * self.weight

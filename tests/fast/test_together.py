@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_bools, random_vector, tiny_config
 
-from feddip_lite import methods
+from feddip_lite.config import Config
 from feddip_lite.core.errors import Diverged
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.models import Dropout, build_model
@@ -17,6 +17,7 @@ from feddip_lite.core.terms import NormTerm, ProximalTerm, SquareTerm, Terms, Wi
 from feddip_lite.data.datasets import Dataset
 from feddip_lite.fast.cuda_graph import called_again
 from feddip_lite.fast.together import Together, kind_of
+from feddip_lite.methods import METHODS
 from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.train.client import local_update
 from feddip_lite.train.evaluate import evaluate_state
@@ -29,14 +30,18 @@ CLOSE = {torch.float64: {"atol": 1e-12, "rtol": 1e-12}, torch.float32: {"atol": 
 CONFIG = {"batch_size": 4, "local_epochs": 2, "lr": 0.05, "weight_decay": 0.01}
 
 
-def flat_model(name: str, dtype=torch.float64, dropout: float = 0.0) -> FlatModel:
+def config_of(**settings) -> Config:
+    return tiny_config(**{**CONFIG, **settings}).resolved()
+
+
+def flat_model(name: str, dtype=torch.float64, dropout: float = 0.0, device: str = "cpu") -> FlatModel:
     channels = 1 if name == "lenet5" else 3
     size = 20 if name == "lenet5" else 32
     module = build_model(name, classes=4, width=WIDTHS[name], channels=channels, size=size, seed=1)
     for layer in module.modules():
         if isinstance(layer, Dropout):
             layer.p = dropout
-    model = FlatModel(module, Layout.of(module), dtype=dtype)
+    model = FlatModel(module, Layout.of(module), device, dtype)
     model.kernels = Casting(model.kernels, dtype)
     return model
 
@@ -87,7 +92,7 @@ def plans_of(
 
 def both(name, plans, sizes, *, grouped=True, dtype=torch.float64, dropout=0.0, augmentation=None, **settings):
     """(results one after the other, results together), by client."""
-    model, config = flat_model(name, dtype, dropout), tiny_config(**{**CONFIG, **settings}).resolved()
+    model, config = flat_model(name, dtype, dropout), config_of(**settings)
     data, shards = images_of(name, augmentation), shards_of(sizes)
     update = partial(local_update, model, data=data, config=config, t=2)
     alone = {client: update(plan, indices=shards[client], client=client) for client, plan in plans.items()}
@@ -203,7 +208,7 @@ class Counting:
 
 
 def test_recording_leaves_no_trace_and_happens_once_per_batch_shape():
-    model, config = flat_model("resnet18"), tiny_config(**CONFIG).resolved()
+    model, config = flat_model("resnet18"), config_of()
     data, recorder = images_of("resnet18"), Counting()
     plain, recorded = Together(model, config, called_again), Together(model, config, recorder)
     plans = plans_of(model, 3)
@@ -224,7 +229,7 @@ def test_a_client_that_diverges_is_alone_in_it():
 
 
 def test_inputs_are_left_alone_and_results_have_memory_of_their_own():
-    model, config = flat_model("resnet18"), tiny_config(**CONFIG).resolved()
+    model, config = flat_model("resnet18"), config_of()
     together, plans = Together(model, config, called_again), plans_of(model, 3)
     before = {client: [t.clone() for t in (p.weights, p.mask, p.buffers)] for client, p in plans.items()}
     first = together(plans, images_of("resnet18"), shards_of(EQUAL), 0)
@@ -259,7 +264,7 @@ def test_a_plan_that_asks_for_more_goes_the_usual_way(change):
 
 
 def test_who_has_no_company_or_no_data_goes_the_usual_way():
-    model, config = flat_model("lenet5"), tiny_config(**CONFIG).resolved()
+    model, config = flat_model("lenet5"), config_of()
     together, data = Together(model, config, called_again), images_of("lenet5")
     plans = plans_of(model, 4)
     plans[0] = replace(plans[0], mask=None)
@@ -268,7 +273,7 @@ def test_who_has_no_company_or_no_data_goes_the_usual_way():
     assert together({0: plans[0]}, data, shards_of((5,)), 0) == {}
 
 
-METHODS = [
+RUNS = [
     {"method": "fedavg"},
     {"method": "feddip", "mask_interval": 2},
     {"method": "feddip", "mask_interval": 2, "preset": "repo"},
@@ -281,7 +286,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("settings", METHODS, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("settings", RUNS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_a_run_of_clients_together_is_a_run_of_clients_in_turn_to_rounding(settings):
     ends = []
     for workers in (1, "together"):
@@ -322,7 +327,7 @@ def test_a_client_that_cannot_plan_fails_by_itself(monkeypatch):
         def offer(self, state, t, client):
             return super().offer(state, t, client).plus(client=torch.tensor([client]))
 
-    monkeypatch.setitem(methods.METHODS, "failing", Failing)
+    monkeypatch.setitem(METHODS, "failing", Failing)
     config = tiny_config(method="failing", clients=3, workers="together", on_client_failure="skip").resolved()
     state, clients, method = prepare(config)
     with closing(clients.workers):
