@@ -16,6 +16,7 @@ Exit code: 0 all steps were done, 1 one failed (the others are done all the same
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -199,6 +200,16 @@ def ways(now: Slice) -> list[dict]:
     return rows
 
 
+def workers_for(now: Slice, model: str) -> str | int:
+    """How a queue's clients are best trained here: as by default, or each by itself, if training together failed or was
+    slower."""
+    found = now.report.get("ways", {}).get("found", [])
+    rows = [row for row in found if row["model"] == model] if isinstance(found, list) else []
+    seconds = {row["way"]: row.get("train_s", math.inf) for row in rows}
+    together, alone = (seconds.get(way, math.inf) for way in ("together", "each by itself"))
+    return 1 if alone < together and now.device == "cuda" else "auto"
+
+
 def paced(now: Slice, model: str, dataset: str, way: dict, until: float) -> dict:
     """What a round takes: up to five, as long as there is time, but one at least."""
     chosen = {"workers": "together", **{key: value for key, value in way.items() if key in ("workers", "precision")}}
@@ -254,7 +265,7 @@ def pace(now: Slice, queue: list[Config]) -> list[dict]:
     for config in {(c.model, c.dataset, c.width): c for c in reversed(queue)}.values():
         if not is_here(config.dataset) or time.monotonic() > until:
             continue
-        config = replace(config, device=now.device).resolved()
+        config = replace(config, device=now.device, workers=workers_for(now, config.model)).resolved()
         state, clients, method = prepare(config)
         times = []
         with closing(clients.workers), running(config):
@@ -298,7 +309,8 @@ def runs(now: Slice, queue: list[Config]) -> dict:
             left[config.run_id] = f"would take {needed:.0f} s"
             continue
         try:
-            execute(replace(config, device=now.device), recording, deadline=now.end - 10)
+            here = {"device": now.device, "workers": workers_for(now, config.model)}
+            execute(replace(config, **here), recording, deadline=now.end - 10)
             done.append(config.run_id)
         except OutOfTime as stopped:
             left[config.run_id] = str(stopped)

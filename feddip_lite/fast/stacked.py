@@ -101,15 +101,18 @@ class _BatchNorm(_Layer):
         return self._of_valid(x)
 
     def _of_valid(self, x: Tensor) -> Tensor:
-        """The same over the samples that count; a client without any keeps its statistics."""
+        """The same over the samples that count. A client without any keeps its statistics. What it computes is nobody's,
+        but without a variance it would grow from layer to layer, beyond all numbers."""
         y = x.unflatten(1, (self.clients, -1)).to(self.weight.dtype)  # (b, K, c, h, w)
-        valid = self.padding.valid[:, :, None, None, None]
-        count = (self.padding.sizes * y.shape[3] * y.shape[4])[:, None]  # (K, 1)
-        mean = (y * valid).sum((0, 3, 4)) / count.clamp_min(1)
+        active = self.padding.sizes > 0  # (K,)
+        valid = torch.where(active, self.padding.valid, 1)
+        count = (valid.sum(0) * y.shape[3] * y.shape[4])[:, None]  # (K, 1)
+        valid = valid[:, :, None, None, None]
+        mean = (y * valid).sum((0, 3, 4)) / count
         centred = y - mean[:, :, None, None]
-        variance = (centred.square() * valid).sum((0, 3, 4)) / count.clamp_min(1)
+        variance = (centred.square() * valid).sum((0, 3, 4)) / count
         with torch.no_grad():
-            share = self.momentum * (count > 0).to(count.dtype)
+            share = self.momentum * active[:, None].to(count.dtype)
             self.mean.add_(share * (mean - self.mean))
             self.variance.add_(share * (variance * count / (count - 1).clamp_min(1) - self.variance))
         factor = (variance + self.eps).rsqrt() * self.weight

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import Config
-from ..core.flat import FlatModel, Slot
+from ..core.flat import FlatModel, Layout, Slot
 from ..core.models import LeNet5
 from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import derive
@@ -50,20 +50,16 @@ class Kind:
     terms: tuple[type, ...]
 
 
-def kind_of(plan: LocalPlan, buffers: int) -> Kind | None:
-    """The kind of a plan; None for one that asks for more than steps of training, or for terms that are not known
-    here. `buffers` is the length of the model's statistics."""
+def kind_of(plan: LocalPlan, layout: Layout) -> Kind | None:
+    """The kind of a plan for a model of this layout; None for one that asks for more than steps of training, or for
+    terms that are not known here."""
     if plan.mode != "train" or plan.epochs == 0 or plan.final_gradient or plan.then or plan.model is not None:
         return None
-    if buffers and (plan.dense_statistics or plan.buffers is None):
+    if layout.buffer_size and (plan.dense_statistics or plan.buffers is None):
         return None
     terms = _terms(plan)
-    for term in terms:
-        known = type(term) in _ADD
-        known = known and getattr(term, "centre", plan.weights) is plan.weights
-        known = known and getattr(term, "mask", plan.mask) is plan.mask
-        if not known:
-            return None
+    if len(terms) > MOST_TERMS or not all(_is_known(term, plan, layout) for term in terms):
+        return None
     masked = plan.mask is not None
     return Kind(masked, masked and plan.project, plan.squared_gradients, tuple(map(type, terms)))
 
@@ -97,7 +93,7 @@ class Together:
         """
         kinds: dict[Kind, list[int]] = {}
         for client, plan in plans.items():
-            kind = kind_of(plan, self.model.layout.buffer_size)
+            kind = kind_of(plan, self.model.layout)
             if kind is not None and len(shards[client]):
                 kinds.setdefault(kind, []).append(client)
         results = {}
@@ -309,7 +305,7 @@ class _Stack:
             losses.append(loss.detach())
         with torch.no_grad():
             self.losses.index_copy_(0, self.counter, torch.cat(losses)[None])
-            self._update(kind, (sizes > 0).to(self.dtype)[:, None] if ragged else None)
+            self._update(kind, (sizes > 0)[:, None] if ragged else None)
             self.counter.add_(1)
 
     def _update(self, kind: Kind, active: Tensor | None) -> None:
@@ -325,7 +321,7 @@ class _Stack:
             _descend_([dense, weights[p:]], [gradient[:p], gradient[p:]], rate[0, 0], decay)
         else:
             for row, slope in zip(self.dense_rows(kind), self.gradient.rows, strict=True):
-                row.addcmul_(slope.add_(row, alpha=decay), -rate * active)
+                row.copy_(torch.where(active, row.addcmul(slope.add_(row, alpha=decay), -rate), row))
         if kind.projected:
             weights[:p].mul_(self.mask.vector)
         elif kind.masked:
@@ -409,6 +405,13 @@ def _descend_(vectors: list[Tensor], gradients: list[Tensor], rate: Tensor, deca
 def _terms(plan: LocalPlan) -> tuple:
     added = plan.add_gradient_
     return () if added is None else added.parts if isinstance(added, Terms) else (added,)
+
+
+def _is_known(term: object, plan: LocalPlan, layout: Layout) -> bool:
+    """Whether a term can be added here, of the plan's own start, mask and layout as far as it has any."""
+    if type(term) not in _ADD or getattr(term, "layout", layout) != layout:
+        return False
+    return getattr(term, "centre", plan.weights) is plan.weights and getattr(term, "mask", plan.mask) is plan.mask
 
 
 def _add_norms(stack: _Stack, kind: Kind, strength: Tensor) -> None:

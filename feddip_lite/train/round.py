@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import Config
 from ..core.flat import FlatModel, sha256_of
 from ..core.message import Message, num_bytes
-from ..core.plan import LocalResult
+from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import numpy_generator
 from ..core.sparsity import density, nested_mask, num_kept
 from ..core.state import EMPTY, Memory, ServerState
@@ -55,7 +55,7 @@ class Clients:
 
     def facts(self) -> dict:
         """What a run's provenance says of these clients."""
-        return {"split_sha256": self.split_sha256}
+        return {"split_sha256": self.split_sha256, **({"trained": "together"} if self.together else {})}
 
     def digest(self, memory: Memory) -> str:
         """Checksum of a client's memory."""
@@ -135,14 +135,14 @@ def train_client(
     client: int,
     done: Future | None = None,
 ) -> tuple[Message, Memory, LocalResult]:
-    """One client's part of a round. Returns (reply, the client's new memory, result). `done`, if given, holds the local
-    updates that clients did together.
+    """One client's part of a round. Returns (reply, the client's new memory, result). `done`, if given, holds what
+    clients have done together: `train_together`.
 
     Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`.
     """
-    plan = method.plan(offer, memory, t)
-    result = done.result().get(client) if done else None
+    plan, result = done.result().get(client, (None, None)) if done else (None, None)
     if result is None:
+        plan = method.plan(offer, memory, t)
         result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
     if plan.test_leak:
         result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
@@ -156,13 +156,14 @@ def train_together(
     memories: Mapping[int, Memory],
     clients: Clients,
     t: int,
-) -> dict[int, LocalResult]:
-    """The local updates of those clients of a round that can be trained together, by client id."""
+) -> dict[int, tuple[LocalPlan, LocalResult]]:
+    """The local updates of those clients of a round that can be trained together, with their plans, by client id."""
     plans = {}
     for client, offer in offers.items():
         with suppress(Exception):  # it fails again when it is the client's turn, and is told of there
             plans[client] = method.plan(offer, memories[client], t)
-    return clients.together(plans, clients.data, clients.train, t)
+    results = clients.together(plans, clients.data, clients.train, t)
+    return {client: (plans[client], result) for client, result in results.items()}
 
 
 def record_of(

@@ -69,6 +69,17 @@ def test_a_step_that_fails_loses_no_other(tmp_path, capsys):
     assert now.failed
 
 
+def test_the_queue_is_trained_in_the_way_that_was_found_best(tmp_path):
+    now = gpu.Slice(1, tmp_path, "cuda")
+    assert gpu.workers_for(now, "lenet5") == "auto"
+    rows = [("lenet5", "together", 1.0), ("lenet5", "each by itself", 2.0), ("alexnet", "each by itself", 2.0)]
+    now.report["ways"] = {"found": [{"model": m, "way": way, "train_s": seconds} for m, way, seconds in rows]}
+    now.report["ways"]["found"].append({"model": "alexnet", "way": "together", "failed": "RuntimeError: no"})
+    assert [gpu.workers_for(now, model) for model in gpu.MODELS] == ["auto", 1, "auto"]
+    now.report["ways"] = {"found": {"failed": "all of it"}}
+    assert gpu.workers_for(now, "lenet5") == "auto"
+
+
 def test_a_run_out_of_time_leaves_a_checkpoint_in_the_archive(tmp_path):
     now = gpu.Slice(10 / 60 + 0.02, tmp_path, "cpu")  # ten seconds are kept for the way back
     config = tiny_config(rounds=500)
