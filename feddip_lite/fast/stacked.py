@@ -101,8 +101,8 @@ class _BatchNorm(_Layer):
         return self._of_valid(x)
 
     def _of_valid(self, x: Tensor) -> Tensor:
-        """The same over the samples that count. A client without any keeps its statistics. What it computes is nobody's,
-        but without a variance it would grow from layer to layer, beyond all numbers."""
+        """The same over the samples that count. A client without any keeps its statistics. What it computes does not
+        matter, but without a variance it would grow from layer to layer, beyond all numbers."""
         y = x.unflatten(1, (self.clients, -1)).to(self.weight.dtype)  # (b, K, c, h, w)
         active = self.padding.sizes > 0  # (K,)
         valid = torch.where(active, self.padding.valid, 1)

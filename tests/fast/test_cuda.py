@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_together import EQUAL, TERMS, UNEQUAL, both, config_of, flat_model, images_of, plans_of, shards_of
+from test_stacked import EQUAL, TERMS, UNEQUAL, both, config_of, flat_model, images_of, plans_of, shards_of
 
 from feddip_lite.config import Config
 from feddip_lite.core.autograd import Autograd
