@@ -7,9 +7,10 @@ The weights of K clients lie tensor by tensor in one vector: the K copies of the
 operations on the whole vector. A step reads and writes fixed memory only, its number included: on a GPU it is recorded
 as a CUDA graph and replayed, and nothing in a round waits for the device. Without a GPU the same function is called.
 
-Clients need not be alike. All steps of the round are laid out as a table (S, K, batch_size) of samples. Where all
-clients have batches of one size, this is the size of the step, and there is a recording for it. All others are ragged:
-of full size, with samples that do not count, and clients that have no step left stand still.
+Clients need not be alike. All steps of the round are laid out as a table (S, K, batch size) of samples. Where all
+clients have batches of one size, this may be the size of the step, and there is a recording for it. All others are
+ragged: of full size, with samples that do not count, and clients that have no step left stand still. What is done in
+which way follows from the federation's sizes alone, so a run that was interrupted goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ GROUPED = (LeNet5,)
 one pass per client, in the same recording, with the ordinary convolutions."""
 
 SPARE_STEPS = 8  # rows that the table has at least: recording runs a step a few times
+MOST_SHORT = 2  # sizes of short batches that are recorded: an even split has one or two
 RAGGED = -1
 
 
@@ -139,12 +141,12 @@ class _Table:
 
     @classmethod
     def drawn(
-        cls, plans: Mapping[int, LocalPlan], data: Dataset, shards: Sequence[Tensor], config: Config, t: int
+        cls, plans: Mapping[int, LocalPlan], data: Dataset, shards: Sequence[Tensor], config: Config, t: int, b: int
     ) -> _Table:
         """The batches that `local_update` draws for each client, side by side; the rest is zero."""
-        b, tables, sizes = config.batch_size, [], []
+        tables, sizes = [], []
         for client, plan in plans.items():
-            count, epochs = len(shards[client]), config.local_epochs if plan.epochs is None else plan.epochs
+            count, epochs = len(shards[client]), _epochs(plan, config)
             draws = draw_epochs(data, count, epochs, config.seed, (t, client))
             steps = -(-count // b)
             draws = F.pad(draws, (0, steps * b - count)).view(epochs, -1, steps, b).transpose(1, 2)
@@ -153,25 +155,24 @@ class _Table:
         table, sizes = (nn.utils.rnn.pad_sequence(each) for each in (tables, sizes))
         return cls(table[:, :, 0], table[:, :, 1] if table.shape[2] > 1 else None, sizes)
 
-    @property
-    def step_sizes(self) -> list[int]:
-        """Of each step the size of all its batches, or RAGGED."""
+    def step_sizes(self, exact: set[int]) -> list[int]:
+        """Of each step the size of all its batches, if they have one that is among the `exact`; else RAGGED."""
         same = (self.sizes == self.sizes[:, :1]).all(1)
-        return torch.where(same, self.sizes[:, 0], RAGGED).tolist()
+        return [
+            size if alike and size in exact else RAGGED
+            for size, alike in zip(self.sizes[:, 0].tolist(), same.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class _Twin:
-    """A module for the clients `part`, its parameters, and where their gradients belong."""
+    """A module for the clients `part`, its parameters, where their gradients belong, and its dropout layers."""
 
     module: nn.Module
     leaves: list[Tensor]
     gradients: list[Tensor]
     part: slice
-
-    @property
-    def dropouts(self) -> list[StackedDropout]:
-        return [layer for layer in self.module.modules() if isinstance(layer, StackedDropout)]
+    dropouts: list[StackedDropout]
 
 
 class _Stack:
@@ -192,42 +193,54 @@ class _Stack:
         self.twins = [self._twin(model.module, part) for part in parts]
         self.counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.scalars = like.new_zeros(1 + MOST_TERMS, clients, 1)  # learning rate, then the strength of each term
-        self.capacity, self.data = 0, None
+        self.epochs, self.data, self.shards = 0, None, None
         self.recordings: dict[tuple[Kind, int], Callable[[], object]] = {}
 
     def _twin(self, module: nn.Module, part: slice) -> _Twin:
         leaves = {name: block[part].detach().requires_grad_() for name, block in self.weights.of.items()}
         buffers = {name: block[part] for name, block in self.buffers.of.items()}
         twin = stacked(module, part.stop - part.start, leaves, buffers, self.padding)
-        return _Twin(twin, list(leaves.values()), [block[part] for block in self.gradient.of.values()], part)
+        return _Twin(
+            module=twin,
+            leaves=list(leaves.values()),
+            gradients=[block[part] for block in self.gradient.of.values()],
+            part=part,
+            dropouts=[layer for layer in twin.modules() if isinstance(layer, StackedDropout)],
+        )
 
     def train(
         self, kind: Kind, plans: Mapping[int, LocalPlan], data: Dataset, shards: Sequence[Tensor], t: int
     ) -> dict[int, LocalResult]:
         """The results of K plans of one kind, by client id."""
-        table = _Table.drawn(plans, data, shards, self.config, t)
-        self._make_room(kind, len(table.sizes), data)
-        for size in sorted(set(table.step_sizes)):
+        self._make_room(kind, max(_epochs(plan, self.config) for plan in plans.values()), data, shards)
+        table = _Table.drawn(plans, data, shards, self.config, t, self.batch)
+        step_sizes = table.step_sizes(self.exact)
+        for size in sorted(set(step_sizes)):
             if (kind, size) not in self.recordings:
                 self.counter.zero_()
                 self.recordings[kind, size] = self.record(partial(self._step, kind, size), [])[1]
         self._load(kind, plans, table, shards, t)  # now, since recording has left rubbish everywhere
-        for size, each in zip(table.step_sizes, table.sizes.tolist(), strict=True):
+        for size, each in zip(step_sizes, table.sizes.tolist(), strict=True):
             self._draw_dropout(each)
             self.recordings[kind, size]()
         return self._results(kind, plans, table, shards)
 
-    def _make_room(self, kind: Kind, steps: int, data: Dataset) -> None:
-        """Memory for so many steps. What was recorded on other memory, or reads another data set, is forgotten."""
+    def _make_room(self, kind: Kind, epochs: int, data: Dataset, shards: Sequence[Tensor]) -> None:
+        """Memory for the largest client. What was recorded on other memory, or for other data, is forgotten."""
         if kind.squares and self.squares is None:
             self.squares = _Blocks(self.layout.slots, self.clients, self.weights.vector)
         if ProximalTerm in kind.terms and self.centre is None:
             self.centre = _Blocks(self.layout.slots, self.clients, self.weights.vector)
-        if steps <= self.capacity and data is self.data:
+        if epochs <= self.epochs and data is self.data and shards is self.shards:
             return
         self.recordings.clear()
-        self.capacity, self.data = max(steps, self.capacity, SPARE_STEPS), data
-        shape = (self.capacity, self.clients, self.config.batch_size)
+        self.epochs, self.data, self.shards = epochs, data, shards
+        lengths = {len(shard) for shard in shards}
+        self.batch = min(self.config.batch_size, max(lengths))
+        short = {length % self.batch for length in lengths} - {0}
+        self.exact = {self.batch} | (short if len(short) <= MOST_SHORT else set())
+        steps = epochs * -(-max(lengths) // self.batch)
+        shape = (max(steps, SPARE_STEPS), self.clients, self.batch)
         self.samples = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.crops = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.sizes = torch.zeros(shape[:2], dtype=self.dtype, device=self.device)
@@ -239,12 +252,13 @@ class _Stack:
         self.padding.valid = None
         self.counter.zero_()
         for twin in self.twins:
-            layers = [layer for layer in twin.dropouts if layer.keep is None]
-            if layers:
+            for layer in twin.dropouts:
+                layer.keep = None
+            if twin.dropouts:
                 with torch.no_grad():
                     twin.module(self._images(1)[:, twin.part].flatten(1, 2))
-            for layer in layers:
-                shape = (layer.clients, self.config.batch_size, layer.features)
+            for layer in twin.dropouts:
+                shape = (layer.clients, self.batch, layer.features)
                 layer.keep = torch.zeros(shape, dtype=self._drawn_dtype, device=self.device)
 
     def _load(
@@ -288,7 +302,7 @@ class _Stack:
 
     def _step(self, kind: Kind, size: int) -> None:
         """One step of all clients."""
-        ragged, size = size == RAGGED, self.config.batch_size if size == RAGGED else size
+        ragged, size = size == RAGGED, self.batch if size == RAGGED else size
         images, labels = self._images(size), self._labels(size)
         sizes = self.sizes.index_select(0, self.counter)[0]  # (K,)
         valid = (torch.arange(size, device=self.device)[:, None] < sizes).to(self.dtype) if ragged else None
@@ -400,6 +414,10 @@ def _descend_(vectors: list[Tensor], gradients: list[Tensor], rate: Tensor, deca
         return
     for vector, gradient in zip(vectors, gradients, strict=True):
         vector.addcmul_(gradient.add_(vector, alpha=decay), -rate)
+
+
+def _epochs(plan: LocalPlan, config: Config) -> int:
+    return config.local_epochs if plan.epochs is None else plan.epochs
 
 
 def _terms(plan: LocalPlan) -> tuple:

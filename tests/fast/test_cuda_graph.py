@@ -87,6 +87,7 @@ def test_evaluation_is_recorded_once_per_shape_and_is_the_modules(model):
         value = first.clone()
         captured.logits(1 - images)
         assert torch.equal(first, value)
+    images = torch.rand(3, 1, 6, 6)
     assert captured.logits(images).requires_grad  # elsewhere gradients may be asked for
     model.module.train()
     with torch.inference_mode():

@@ -213,14 +213,29 @@ class Counting:
 
 
 def test_recording_leaves_no_trace_and_happens_once_per_batch_shape():
-    model, config = flat_model("resnet18"), config_of()
-    data, recorder = images_of("resnet18"), Counting()
+    model, config, recorder = flat_model("resnet18"), config_of(), Counting()
+    data, shards = images_of("resnet18"), shards_of((6, 6, 6, 9, 9, 4))
     plain, recorded = Together(model, config, called_again), Together(model, config, recorder)
-    plans = plans_of(model, 3)
-    for sizes, recordings in ((EQUAL, 2), (EQUAL, 2), (UNEQUAL, 3), ((9, 9, 1), 3)):
-        shards = shards_of(sizes)
+    everyone = plans_of(model, 6)
+    # Recorded are 4 and 2; again; then 4 of 4 and ragged ones; again; then 1 where all have it, and 4 again.
+    for cohort, recordings in (((0, 1), 2), ((1, 2), 2), ((2, 5), 3), ((1, 3), 3), ((3, 4), 4)):
+        plans = {client: everyone[client] for client in cohort}
         assert_same(plain(plans, data, shards, 1), recorded(plans, data, shards, 1))
-        assert recorder.recorded == recordings, sizes
+        assert recorder.recorded == recordings, cohort
+
+
+def test_few_sizes_are_recorded_however_many_there_are():
+    model, config, recorder = flat_model("lenet5"), config_of(), Counting()
+    data, shards = images_of("lenet5"), shards_of((5, 5, 6, 6, 7, 7, 8, 8))  # last batches of 1, 2, 3 and 4
+    together, everyone = Together(model, config, recorder), plans_of(model, 8)
+    for first in (0, 2, 4, 6):
+        together({client: everyone[client] for client in (first, first + 1)}, data, shards, 1)
+    assert recorder.recorded == 2  # 4, and ragged
+
+
+def test_a_batch_is_no_larger_than_the_largest_client():
+    plans = plans_of(flat_model("alexnet"), 3)
+    assert_same(*both("alexnet", plans, (6, 5, 6), dropout=0.5, batch_size=500))
 
 
 def test_a_client_that_has_finished_stays_finite_whatever_the_others_still_do():
