@@ -105,7 +105,7 @@ class _BatchNorm(_Layer):
         matter, but without a variance it would grow from layer to layer, beyond all numbers."""
         y = x.unflatten(1, (self.clients, -1)).to(self.weight.dtype)  # (b, K, c, h, w)
         active = self.padding.sizes > 0  # (K,)
-        valid = torch.where(active, self.padding.valid, 1)
+        valid = torch.maximum(self.padding.valid, (~active).to(y.dtype))
         count = (valid.sum(0) * y.shape[3] * y.shape[4])[:, None]  # (K, 1)
         valid = valid[:, :, None, None, None]
         mean = (y * valid).sum((0, 3, 4)) / count
