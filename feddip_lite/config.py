@@ -29,7 +29,7 @@ OWN = "the method's own value"
 
 
 def _workers(value):
-    return value if value == "auto" else integer(1).accept(value)
+    return value if value in ("auto", "together") else integer(1).accept(value)
 
 
 def _device(value):
@@ -102,7 +102,9 @@ class Config:
     on_client_failure: str = setting("abort", one_of("abort", "skip"), "when a client fails: stop, or merge the rest")
     client_timeout: float | None = setting(None, real("(0, inf)"), "seconds a client may train", none="no limit")
     device: str = setting("auto", Check("auto, cpu, cuda or cuda:N", _device), "where tensors live")
-    workers: str | int = setting("auto", Check("auto or an integer >= 1", _workers), "clients trained side by side")
+    workers: str | int = setting(
+        "auto", Check("auto, together or an integer >= 1", _workers), "clients trained side by side, or as one batch"
+    )
 
     def __post_init__(self):
         validate(self)

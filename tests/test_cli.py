@@ -101,8 +101,8 @@ WRONG = [
     (["--client-timeout=0"], "client_timeout: 0", "a number in (0, inf)"),
     (["--device=gpu"], "device: 'gpu'", "auto, cpu, cuda or cuda:N"),
     (["--device=cuda:77"], "device: 'cuda:77'", "expected"),
-    (["--workers=0"], "workers: 0", "auto or an integer >= 1"),
-    (["--workers=many"], "workers: 'many'", "auto or an integer >= 1"),
+    (["--workers=0"], "workers: 0", "auto, together or an integer >= 1"),
+    (["--workers=many"], "workers: 'many'", "auto, together or an integer >= 1"),
     (["--checkpoint-every=0"], "--checkpoint-every: 0", "an integer >= 1"),
     (["--checkpoint-every=often"], "--checkpoint-every: 'often'", "an integer >= 1"),
 ]  # fmt: skip

@@ -1,10 +1,11 @@
 """All that a GPU rented by the minute is asked for, in one command: `python3 tools/gpu.py --minutes 8 --out OUT`
 
 In this order, each step bounded, and what it found written at once: versions and device; the tests marked `cuda`; how
-far each model, arithmetic and precision is from float64 on the CPU, and three rounds from the CPU's; seconds per round,
-here and beside other ways to run it; then the queue of params/paper.yaml, in order of value, as long as a run is
-predicted to end in time. OUT has `report.json`, `tests.txt` and `results.tar`: the records of finished runs, and the
-checkpoint of one that was stopped, if it fits. The next slice, given that results.tar (`--resume`), goes on.
+far each model, arithmetic and precision is from float64 on the CPU, and three rounds from the CPU's; seconds per round
+of each way to train a round's clients; seconds per round of the queue, and beside other programs; then the queue of
+params/paper.yaml, in order of value, as long as a run is predicted to end in time. OUT has `report.json`, `tests.txt`
+and `results.tar`: the records of finished runs, and the checkpoint of one that was stopped, if it fits. The next slice,
+given that results.tar (`--resume`), goes on.
 
 Needs this checkout, torch and pytest; no installation, no network. Where data has to arrive in small pieces:
 `--split NAME` writes pieces of a data set, `--join FOLDER` makes it whole again.
@@ -15,6 +16,7 @@ Exit code: 0 all steps were done, 1 one failed (the others are done all the same
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +40,7 @@ from feddip_lite.core.errors import ClientFailure, Diverged, OutOfTime, guarded 
 from feddip_lite.core.flat import FlatModel, Layout  # noqa: E402
 from feddip_lite.core.models import INPUT_SHAPES, Dropout, build_model  # noqa: E402
 from feddip_lite.core.settings import real  # noqa: E402
+from feddip_lite.data.datasets import DATASETS, Dataset, dataset_of  # noqa: E402
 from feddip_lite.data.files import KEYS, files_here, files_of  # noqa: E402
 from feddip_lite.records.profiles import load_profile  # noqa: E402
 from feddip_lite.records.provenance import COMMIT, provenance  # noqa: E402
@@ -52,6 +56,16 @@ PIECE_SAMPLES = 8000  # of CIFAR, compressed: about 20 MiB
 SMALL = {"clients": 6, "clients_per_round": 3, "local_epochs": 1, "batch_size": 60, "rounds": 3, "mask_interval": 2}
 MODELS = {"lenet5": "fashionmnist", "alexnet": "cifar10", "resnet18": "cifar100"}
 MARGIN = 1.15  # on predicted times
+WAYS = {
+    "together": {},
+    "together, TF32": {"precision": "tf32"},
+    "each by itself": {"workers": 1},
+    "together, grouped where it is not": {"regrouped": True},
+    "together, bf16": {"precision": "bf16"},
+    "together, cuDNN's own choice": {"cudnn": "own"},
+    "each by itself, TF32": {"precision": "tf32", "workers": 1},
+}
+"""Ways to train a round's clients (`fast/together.py`)."""
 
 
 class Slice:
@@ -146,21 +160,102 @@ def one_batch(
 
 
 def three_rounds(now: Slice) -> list[dict]:
-    """A row per model at a quarter of its width: how far three rounds on the digits are from the CPU's."""
+    """A row per model at a quarter of its width, and per way to train the clients, each by itself or together: how far
+    three rounds on the digits are from the CPU's, where each trains by itself."""
     rows = []
     for model in MODELS:
-        ends = []
-        for device in ("cpu", now.device):
-            config = Config(model=model, width=0.25, lr=0.05, device=device, **SMALL).resolved()
-            state, clients, method = prepare(config)
-            with closing(clients.workers), running(config):
-                for _ in range(config.rounds):
-                    state, record = run_round(state, clients, method, config)
-                ends.append((state.weights.cpu(), state.mask.cpu(), evaluate_state(state, clients)["accuracy"]))
-        (here, mask, accuracy), (there, other, reached) = ends
-        row = {"model": model, "largest_weight_difference": float((here - there).abs().max())}
-        rows.append({**row, "masks_differ_at": int((mask != other).sum()), "accuracy": [accuracy, reached]})
+        here, mask, accuracy = after_three_rounds(model, "cpu", 1)
+        for workers in (1, "together"):
+            there, other, reached = after_three_rounds(model, now.device, workers)
+            row = {"model": model, "workers": workers, "largest_weight_difference": float((here - there).abs().max())}
+            rows.append({**row, "masks_differ_at": int((mask != other).sum()), "accuracy": [accuracy, reached]})
     return rows
+
+
+def after_three_rounds(model: str, device: str, workers: str | int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(weights, mask, accuracy) at the end, on the CPU."""
+    config = Config(model=model, width=0.25, lr=0.05, device=device, workers=workers, **SMALL).resolved()
+    state, clients, method = prepare(config)
+    with closing(clients.workers), running(config):
+        for _ in range(config.rounds):
+            state, _ = run_round(state, clients, method, config)
+        return state.weights.cpu(), state.mask.cpu(), evaluate_state(state, clients)["accuracy"]
+
+
+def ways(now: Slice) -> list[dict]:
+    """A row per model and way to train the clients: seconds of training and of evaluation per round at the slides'
+    setting (medians after a first round that does not count), and device memory. The images are noise, so no data has
+    to be here. As many rows as fit into a quarter of the time, the most telling first."""
+    rows, until = [], time.monotonic() + now.left / 4
+    for name, way in WAYS.items():
+        for model, dataset in MODELS.items():
+            if time.monotonic() < until and not (now.device == "cpu" and way.get("precision") == "tf32"):
+                row = {"model": model, "way": name}
+                try:
+                    rows.append({**row, **paced(now, model, dataset, way, until)})
+                except Exception as error:  # one way's failure is a finding, too
+                    rows.append({**row, "failed": f"{type(error).__name__}: {error}"})
+                now.report["ways"] = {"found": rows}
+                now.write()
+    return rows
+
+
+def workers_for(now: Slice, model: str) -> str | int:
+    """How a queue's clients are best trained here: as by default, or each by itself, if training together failed or was
+    slower."""
+    found = now.report.get("ways", {}).get("found", [])
+    rows = [row for row in found if row["model"] == model] if isinstance(found, list) else []
+    seconds = {row["way"]: row.get("train_s", math.inf) for row in rows}
+    together, alone = (seconds.get(way, math.inf) for way in ("together", "each by itself"))
+    return 1 if alone < together and now.device == "cuda" else "auto"
+
+
+def paced(now: Slice, model: str, dataset: str, way: dict, until: float) -> dict:
+    """What a round takes: up to five, as long as there is time, but one at least."""
+    chosen = {"workers": "together", **{key: value for key, value in way.items() if key in ("workers", "precision")}}
+    if now.device == "cpu":  # a rehearsal
+        chosen |= {"width": 0.05, "clients_per_round": 2, "local_epochs": 1, "batch_size": 16}
+    images = noise(dataset, few=now.device == "cpu")
+    config = Config(model=model, dataset=images, rounds=1000, penalty_max=1e-3, device=now.device, **chosen)
+    config = config.resolved()
+    state, clients, method = prepare(config)
+    state = replace(state, round=config.rounds // 2)  # under a mask, with a penalty
+    if way.get("regrouped"):
+        clients.together.grouped = not clients.together.grouped
+    cuda, train, evaluation = now.device == "cuda", [], []
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with closing(clients.workers), running(config):
+        if way.get("cudnn") == "own":
+            torch.backends.cudnn.deterministic = False  # `running` sets it back
+        while len(train) < 6 and (len(train) < 2 or time.monotonic() < until):
+            begin = time.monotonic()
+            state, _ = run_round(state, clients, method, config)  # looks at the losses: waits for the device
+            middle = time.monotonic()
+            evaluate_state(state, clients)
+            train.append(middle - begin)
+            evaluation.append(time.monotonic() - middle)
+    row = {"first_s": train[0], "train_s": float(np.median(train[1:])), "evaluate_s": float(np.median(evaluation[1:]))}
+    return {**row, "memory_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None}
+
+
+def noise(dataset: str, *, few: bool) -> str:
+    """The name of a data set of random images, of the shapes of `dataset` and as many, or `few`. Made known in this
+    process."""
+    channels, size, samples = (1, 28, 60000) if dataset == "fashionmnist" else (3, 32, 50000)
+    counts = {"train": 1200, "test": 300} if few else {"train": samples, "test": 10000}
+
+    @cache
+    def make() -> Dataset:
+        draw, arrays = np.random.default_rng(0), {}
+        for part, count in counts.items():
+            shape = (count, size, size, channels) if channels > 1 else (count, size, size)
+            arrays[f"{part}_images"] = draw.integers(0, 256, shape, dtype=np.uint8)
+            arrays[f"{part}_labels"] = np.arange(count) % DATASETS[dataset]["classes"]
+        return dataset_of(dataset, arrays, "noise", "", "noise")
+
+    DATASETS.setdefault(f"noise-{dataset}", make)
+    return f"noise-{dataset}"
 
 
 def pace(now: Slice, queue: list[Config]) -> list[dict]:
@@ -170,7 +265,7 @@ def pace(now: Slice, queue: list[Config]) -> list[dict]:
     for config in {(c.model, c.dataset, c.width): c for c in reversed(queue)}.values():
         if not is_here(config.dataset) or time.monotonic() > until:
             continue
-        config = replace(config, device=now.device).resolved()
+        config = replace(config, device=now.device, workers=workers_for(now, config.model)).resolved()
         state, clients, method = prepare(config)
         times = []
         with closing(clients.workers), running(config):
@@ -214,7 +309,8 @@ def runs(now: Slice, queue: list[Config]) -> dict:
             left[config.run_id] = f"would take {needed:.0f} s"
             continue
         try:
-            execute(replace(config, device=now.device), recording, deadline=now.end - 10)
+            here = {"device": now.device, "workers": workers_for(now, config.model)}
+            execute(replace(config, **here), recording, deadline=now.end - 10)
             done.append(config.run_id)
         except OutOfTime as stopped:
             left[config.run_id] = str(stopped)
@@ -337,6 +433,7 @@ def work(given: argparse.Namespace) -> int:
     now.step("tests", lambda: tests(now))
     now.step("correctness", lambda: correctness(now))
     now.step("three_rounds", lambda: three_rounds(now))
+    now.step("ways", lambda: ways(now))
     now.step("pace", lambda: pace(now, queue))
     now.step("benchmark", lambda: benchmark(now))
     now.step("runs", lambda: runs(now, queue))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.seeds import torch_generator
 from ..core.settings import integer, key_of
 from .files import KEYS, read_arrays
 
@@ -227,6 +228,19 @@ def draw_crops(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tens
     """int64 of `shape` in [0, 162): row offset, column offset (9 each) and flip of a crop in one number, so that a
     whole round's draws cost one transfer to another device."""
     return torch.randint(OFFSETS * OFFSETS * 2, shape, generator=generator, device=generator.device)
+
+
+def draw_epochs(
+    dataset: Dataset, count: int, epochs: int, seed: int, address: tuple[int, ...], purpose: str = "shuffle"
+) -> torch.Tensor:
+    """All draws of a client's `epochs` passes over its `count` training samples, at this address: int64 on the CPU,
+    so that they are the same everywhere. (epochs, 1, count) is the order of the samples in each pass; where the data
+    set is augmented (epochs, 2, count), with the crop of each."""
+    shuffle = torch_generator(seed, purpose, *address)
+    draws = [torch.stack([torch.randperm(count, generator=shuffle) for _ in range(epochs)])]
+    if dataset.augmentation is not None:
+        draws.append(draw_crops(draws[0].shape, torch_generator(seed, "augment", *address)))
+    return torch.stack(draws, 1)
 
 
 def crop(images: torch.Tensor, padding: str, draw: torch.Tensor) -> torch.Tensor:

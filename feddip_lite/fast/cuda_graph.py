@@ -1,8 +1,9 @@
-"""The forward and backward pass as a recording: on a GPU, a CUDA graph per batch shape, replayed in one launch.
+"""Recordings: on a GPU a CUDA graph, replayed in one launch. And a model's forward and backward pass as recordings.
 
 A LeNet-5 step is some sixty small kernels, each of which takes longer to launch than to run. What is recorded reads
 and writes fixed memory: batches are copied in, the weights are the model's flat vector, the gradient its flat
-gradient. Chosen by `choose.fastest_kernels` on CUDA devices.
+gradient. `CudaGraph` is chosen by `choose.fastest_kernels` on CUDA devices, for evaluation and for clients that train
+each by itself; `together.py` records the steps of all clients.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from ..core.models import Dropout
 
 
 class CudaGraph:
-    """`loss_and_gradient` of any module by recordings, one per batch shape and mode (the short last batch has its own).
+    """`loss_and_gradient` of any module by recordings, one per batch shape and mode (the short last batch has its own),
+    and `logits` where it is evaluated.
 
     Args:
         record: `record(function, generators)` runs `function()` once and returns (its result, a callable that
@@ -26,7 +28,7 @@ class CudaGraph:
     def __init__(self, model: FlatModel, precision: str, record: Callable):
         self.model, self.record = model, record
         self.eager = Autograd(model.module, model.gradient, precision)
-        self.recordings: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
+        self.recordings: dict[tuple, Callable[..., Tensor]] = {}
 
     def loss_and_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy, a scalar of its own; its gradient overwrites the model's gradient."""
@@ -36,8 +38,24 @@ class CudaGraph:
         return self.recordings[key](images, labels)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The module's output, in its present mode."""
-        return self.eager.logits(images)
+        """The module's output, in its present mode; recorded in inference mode, where nothing else changes."""
+        if self.model.module.training or not torch.is_inference_mode_enabled():
+            return self.eager.logits(images)
+        key = (*images.shape, "logits")
+        if key not in self.recordings:
+            self.recordings[key] = self._recorded_logits(images)
+        return self.recordings[key](images)
+
+    def _recorded_logits(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        fixed = images.clone()
+        logits, replay = self.record(lambda: self.eager.logits(fixed), [])
+
+        def replayed(images: Tensor) -> Tensor:
+            fixed.copy_(images)
+            replay()
+            return logits.clone()
+
+        return replayed
 
     def _recorded(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """`loss_and_gradient` for batches of this shape, by what this one leaves recorded."""
@@ -59,8 +77,13 @@ class CudaGraph:
         return replayed
 
 
+def called_again(function: Callable[[], object], generators: list[torch.Generator]) -> tuple[None, Callable]:
+    """The recorder where there is nothing to record with: a replay is another call."""
+    return None, function
+
+
 def record_cuda_graph(function: Callable[[], Tensor], generators: list[torch.Generator]) -> tuple[Tensor, Callable]:
-    """`function` captured as a CUDA graph, after three rounds of warming up on a stream of their own."""
+    """`function` captured as a CUDA graph, after it has run three times on a stream of its own, to warm up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

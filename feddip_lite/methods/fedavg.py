@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from ..core.settings import real, setting
+from ..core.terms import ProximalTerm
 from .base import About, LocalPlan, Memory, Message, Method
 
 
@@ -31,8 +30,4 @@ class FedProx(FedAvg):
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         plan = super().plan(offer, memory, t)
-
-        def proximal_(gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
-            gradient.add_(dense - plan.weights, alpha=self.mu)
-
-        return replace(plan, add_gradient_=proximal_)
+        return replace(plan, add_gradient_=ProximalTerm(plan.weights, self.mu))

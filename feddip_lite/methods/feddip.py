@@ -6,17 +6,16 @@ D13, D17), each choice is an option; `repo` takes the code's side and `memory` a
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..core.flat import Layout
 from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.seeds import derive
 from ..core.settings import flag, one_of, setting
 from ..core.sparsity import erk_densities, num_kept, random_mask, topk_mask
 from ..core.state import ServerState
+from ..core.terms import NormTerm, SquareTerm, Terms, WithoutPruned
 from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, message_of
 
 
@@ -106,7 +105,7 @@ class FedDP(Method):
             own = self.erk_mask(int(offer.extras["mask_seed"][0]))
             plan = replace(plan, mask=own.to(plan.weights.device))
         if self.feedback == "none" and plan.mask is not None:
-            plan = replace(plan, add_gradient_=partial(drop_pruned_, mask=plan.mask))
+            plan = replace(plan, add_gradient_=WithoutPruned(plan.mask))
         return plan
 
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
@@ -177,29 +176,5 @@ class FedDIP(FedDP):
         plan, strength = super().plan(offer, memory, t), self.penalty(t)
         if not strength:
             return plan
-        add_gradient_ = {"plain": add_norm_gradient_, "squared": add_square_gradient_}[self.norm]
-
-        def penalty_(gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
-            if plan.add_gradient_ is not None:
-                plan.add_gradient_(gradient, masked, dense)
-            add_gradient_(gradient, masked, self.layout, strength)
-
-        return replace(plan, add_gradient_=penalty_)
-
-
-def drop_pruned_(gradient: Tensor, masked: Tensor, dense: Tensor, mask: Tensor) -> None:
-    """Leave the gradient of what `mask` (P,) prunes out of the step: such a weight only decays."""
-    gradient[: len(mask)].mul_(mask)
-
-
-def add_norm_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:
-    """Add strength * w'_l / ||w'_l||_2 for every prunable tensor l; a tensor pruned to nothing gets 0, never NaN."""
-    for slot in layout.prunable_slots:
-        weights = masked[slot.start : slot.stop]
-        norm = torch.linalg.vector_norm(weights).clamp_min(torch.finfo(weights.dtype).tiny)
-        gradient[slot.start : slot.stop].addcdiv_(weights, norm, value=strength)
-
-
-def add_square_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:
-    """Add strength * w' on the prunable coordinates: the gradient of strength / 2 * sum of ||w'_l||_2^2."""
-    gradient[: layout.prunable].add_(masked[: layout.prunable], alpha=strength)
+        penalty = {"plain": NormTerm, "squared": SquareTerm}[self.norm](self.layout, strength)
+        return replace(plan, add_gradient_=Terms((plan.add_gradient_, penalty)) if plan.add_gradient_ else penalty)

@@ -22,8 +22,8 @@ from ..config import Config
 from ..core.flat import FlatModel
 from ..core.models import Dropout
 from ..core.plan import LocalPlan, LocalResult
-from ..core.seeds import derive, torch_generator
-from ..data.datasets import Dataset, crop, draw_crops, normalise
+from ..core.seeds import derive
+from ..data.datasets import Dataset, crop, draw_epochs, normalise
 
 PIECE = 2**17  # weights; four vectors of this length fit into a core's cache
 
@@ -171,12 +171,8 @@ def _batches(
             layer.generator.manual_seed(derive(config.seed, "dropout", *address))
     if not epochs:
         return
-    # All draws of the round are made on the CPU, so that they are the same everywhere, and go over in one transfer.
-    shuffle = torch_generator(config.seed, purpose, *address)
-    draws = [torch.stack([torch.randperm(len(indices), generator=shuffle) for _ in range(epochs)])]
-    if data.augmentation is not None:
-        draws.append(draw_crops(draws[0].shape, torch_generator(config.seed, "augment", *address)))
-    draws = torch.stack(draws, 1).to(indices.device, non_blocking=True)
+    draws = draw_epochs(data, len(indices), epochs, config.seed, address, purpose)
+    draws = draws.to(indices.device, non_blocking=True)  # the whole round's in one transfer
     with model.drawing(derive(config.seed, "random layers", *address)):
         for epoch in draws:
             model.pause()

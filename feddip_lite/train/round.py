@@ -9,8 +9,9 @@ after: `client.py` (what a client does), `run.py` (many rounds make a run).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..config import Config
 from ..core.flat import FlatModel, sha256_of
 from ..core.message import Message, num_bytes
-from ..core.plan import LocalResult
+from ..core.plan import LocalPlan, LocalResult
 from ..core.seeds import numpy_generator
 from ..core.sparsity import density, nested_mask, num_kept
 from ..core.state import EMPTY, Memory, ServerState
@@ -33,30 +34,31 @@ from .workers import Workers
 @dataclass(frozen=True)
 class Clients:
     """The clients' data, and who trains on it. `train[i]`, `test[i]`: sample indices of client i, int64 on the device;
-    `split_sha256`: the checksum of them all."""
+    `split_sha256`: the checksum of them all; `together(plans, data, train, t)`: local updates of several clients at
+    once, by client id, of those plans for which it can; None = each trains by itself."""
 
     data: Dataset
     train: tuple[Tensor, ...]
     test: tuple[Tensor, ...]
     workers: Workers
     split_sha256: str = ""
+    together: Callable[..., dict[int, LocalResult]] | None = None
 
     def deliver(
         self, method: Method, offers: Mapping[int, Message], state: ServerState, config: Config
     ) -> dict[int, Future]:
         """Hand every offer, as it travels, to its client. Returns what each makes of it: a future (reply as it travels,
         memory, result)."""
-        t = state.round
+        t, memories = state.round, {client: state.memories.get(client, EMPTY) for client in offers}
+        done = self.together and self.workers.submit(train_together, method, offers, memories, self, t)
         return {
-            client: self.workers.submit(
-                train_client, method, offer, state.memories.get(client, EMPTY), self, config, t, client
-            )
+            client: self.workers.submit(train_client, method, offer, memories[client], self, config, t, client, done)
             for client, offer in offers.items()
         }
 
     def facts(self) -> dict:
         """What a run's provenance says of these clients."""
-        return {"split_sha256": self.split_sha256}
+        return {"split_sha256": self.split_sha256, **({"trained": "together"} if self.together else {})}
 
     def digest(self, memory: Memory) -> str:
         """Checksum of a client's memory."""
@@ -137,16 +139,19 @@ def train_client(
     config: Config,
     t: int,
     client: int,
+    done: Future | None = None,
 ) -> tuple[Message, Memory, LocalResult]:
     """One client's part of a round, from an offer as it arrived. Returns (reply as it travels, the client's new memory,
-    result).
+    result). `done`, if given, holds what clients have done together: `train_together`.
 
     Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`. Only
     what is coded has to be finite, and is waited for anyway.
     """
     offer, own = received(method, offer, model.weights.device), methods_part(memory)
-    plan = method.plan(offer, own, t)
-    result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
+    plan, result = done.result().get(client, (None, None)) if done else (None, None)
+    if result is None:
+        plan = method.plan(offer, own, t)
+        result = local_update(model, plan, clients.data, clients.train[client], config, t, client)
     if plan.test_leak:
         result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
     reply, own = method.reply(result, own, t)
@@ -155,6 +160,24 @@ def train_client(
     result.check()
     answer, kept = answered(method, reply, offer, memory, t, client)
     return answer, {**own, **kept}, result
+
+
+def train_together(
+    model: FlatModel,
+    method: Method,
+    offers: Mapping[int, Message],
+    memories: Mapping[int, Memory],
+    clients: Clients,
+    t: int,
+) -> dict[int, tuple[LocalPlan, LocalResult]]:
+    """The local updates of those clients of a round that can be trained together, with their plans, by client id."""
+    plans = {}
+    for client, offer in offers.items():
+        with suppress(Exception):  # it fails again when it is the client's turn, and is told of there
+            arrived = received(method, offer, model.weights.device)
+            plans[client] = method.plan(arrived, methods_part(memories[client]), t)
+    results = clients.together(plans, clients.data, clients.train, t)
+    return {client: (plans[client], result) for client, result in results.items()}
 
 
 def record_of(

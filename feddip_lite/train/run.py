@@ -196,14 +196,15 @@ def naming_last_loss(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def running(config: Config) -> Iterator[None]:
-    """What rounds run under: one intra-op thread here too, deterministic convolutions, TF32 only if asked for.
+    """What rounds run under: one intra-op thread here too, deterministic convolutions, TF32 only if asked for (and
+    under bf16, which is less, where that does not reach: in evaluation).
 
     All is as it was on leaving.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = torch.get_num_threads(), matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
     torch.set_num_threads(1)
-    matmul.allow_tf32 = cudnn.allow_tf32 = config.precision == "tf32"
+    matmul.allow_tf32 = cudnn.allow_tf32 = config.precision in ("tf32", "bf16")
     cudnn.deterministic = True
     try:
         yield

@@ -28,7 +28,11 @@ from .workers import Workers, keep_freed_memory, num_workers
 
 try:
     from ..fast.choose import fastest_kernels as kernels_of
+    from ..fast.choose import trains_together
 except ModuleNotFoundError:  # without the folder `fast` everything works, slower
+
+    def trains_together(model: FlatModel, config: Config) -> None:
+        """What trains a round's clients at once: nothing does."""
 
     def kernels_of(model: FlatModel, size: int, precision: str) -> Autograd:
         """What computes the loss and gradient of `model`."""
@@ -109,7 +113,14 @@ def prepare(
             stacklevel=2,
         )
     workers = Workers(models, slots, worker_model)
-    clients = Clients(data=data.to(device), train=train, test=test, workers=workers, split_sha256=split.sha256)
+    clients = Clients(
+        data=data.to(device),
+        train=train,
+        test=test,
+        workers=workers,
+        split_sha256=split.sha256,
+        together=trains_together(models[0], config),
+    )
     return state, clients, method
 
 

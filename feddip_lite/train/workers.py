@@ -157,13 +157,14 @@ class _Turns:
 
 
 def num_workers(setting: str | int, clients_per_round: int, device: torch.device) -> tuple[int, int]:
-    """(clients under way, of which running at a time) that `setting` ("auto" or a number of the latter) means.
+    """(clients under way, of which running at a time) that `setting` ("auto", "together" or a number of the latter)
+    means.
 
     On a CPU all clients of the cohort are under way, up to three per core, and one per core is running. On a GPU jobs
-    share the device, so it is one. More would only cost memory.
+    share the device, so it is one. More would only cost memory. Clients that are one batch are one job.
     """
-    cores = 1 if device.type == "cuda" else usable_cores()
-    running = cores if setting == "auto" else int(setting)
+    cores = 1 if device.type == "cuda" or setting == "together" else usable_cores()
+    running = setting if isinstance(setting, int) else cores
     under_way = running if running == 1 else 3 * running
     return max(1, min(under_way, clients_per_round)), running
 

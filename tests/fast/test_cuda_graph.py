@@ -74,6 +74,27 @@ def test_losses_of_different_steps_do_not_share_memory(model):
     assert not torch.equal(first, second)
 
 
+def test_evaluation_is_recorded_once_per_shape_and_is_the_modules(model):
+    recorder = Recorder()
+    captured, eager = CudaGraph(model, "float32", recorder), Autograd(model.module, model.gradient)
+    model.module.eval()
+    with torch.inference_mode():
+        for count in (3, 5, 3, 5):
+            images = torch.rand(count, 1, 6, 6)
+            assert torch.equal(captured.logits(images), eager.logits(images))
+        assert recorder.recorded == 2
+        first = captured.logits(images)
+        value = first.clone()
+        captured.logits(1 - images)
+        assert torch.equal(first, value)
+    images = torch.rand(3, 1, 6, 6)
+    assert captured.logits(images).requires_grad  # elsewhere gradients may be asked for
+    model.module.train()
+    with torch.inference_mode():
+        captured.logits(images)
+    assert recorder.recorded == 2
+
+
 def test_logits_are_the_modules(model):
     images = torch.rand(3, 1, 6, 6)
     model.module.eval()

@@ -12,7 +12,8 @@ from feddip_lite.core.models import empty_model
 from feddip_lite.core.plan import LocalPlan, LocalResult
 from feddip_lite.core.schedules import penalty_at, published_penalty_at, sparsity_at
 from feddip_lite.core.sparsity import erk_densities, num_kept, topk_mask
-from feddip_lite.methods.feddip import FedDIP, FedDP, add_norm_gradient_, add_square_gradient_
+from feddip_lite.core.terms import add_norm_gradient_, add_square_gradient_
+from feddip_lite.methods.feddip import FedDIP, FedDP
 from feddip_lite.train.client import local_update
 
 PRESETS = pytest.mark.parametrize("preset", ["paper", "repo", "memory"])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from feddip_lite.core.errors import Diverged
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.linear import Linear
-from feddip_lite.methods.feddip import add_norm_gradient_
+from feddip_lite.core.terms import add_norm_gradient_
 from feddip_lite.studies.bound.estimators import (
     Estimates,
     Objective,

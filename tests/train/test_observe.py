@@ -93,7 +93,11 @@ def test_without_the_folder_fast_everything_works(tmp_path):
         ROOT / "feddip_lite", tmp_path / "feddip_lite", ignore=shutil.ignore_patterns("fast", "__pycache__")
     )
     settings = json.dumps({**TINY, "rounds": 2})
-    code = f"import json, feddip_lite as f; print(f.run(f.Config(**json.loads('{settings}')), progress=False).to_csv())"
+    # Without the second line an editable install would find the folder, where the package was installed from.
+    code = "import json, sys\n"
+    code += "sys.modules['feddip_lite.fast'] = None\n"
+    code += "import feddip_lite as f\n"
+    code += f"print(f.run(f.Config(**json.loads('{settings}')), progress=False).to_csv())"
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, check=False
