@@ -74,6 +74,7 @@ class MathMLRenderer(IPythonRenderer):
 def mathml(tex: str, display: str) -> str:
     """A TeX formula as MathML, or as its own text where the converter is missing or does not understand it."""
     plain = re.sub(r"\\(begin|end)\{equation\*?\}", "", tex).replace("{aligned}", "{align*}")  # same, as it knows them
+    plain = plain.replace(r"\lfloor", "⌊").replace(r"\rfloor", "⌋")
     try:
         from latex2mathml.converter import convert
 
