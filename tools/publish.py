@@ -20,16 +20,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from feddip_lite.records.catalogue import RECORDED, comparable, main_runs, profile_queue, recorded, rows_choosing_masks
+from feddip_lite.records.catalogue import RECORDED, comparable, main_runs, recorded
 from feddip_lite.records.names import HEADLINE, SHARED_START, splits
 from feddip_lite.records.store import ROOT, atomic_write, headline
 from feddip_lite.report import curves, diagrams
 from feddip_lite.report.statistics import interval, paired
 from feddip_lite.report.style import grid, headed, name_points, save_figure, style
 from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
-from feddip_lite.studies import chosen, equal_bytes, ingredients, layers, second_order, sparsity_sweep, start
-from feddip_lite.studies.bound import figures as bound_figures
-from feddip_lite.studies.bound import tables as bound_tables
+from feddip_lite.studies import chosen, equal_bytes, ingredients, second_order, sparsity_sweep, start
 from feddip_lite.studies.claims import RULE, claims_table
 from feddip_lite.studies.cost import figures as cost_figures
 from feddip_lite.studies.cost import tables as cost_tables
@@ -67,13 +65,9 @@ def comparisons(root: Path) -> dict[tuple[str, str], pd.DataFrame]:
 # ---- figures
 
 
-def ideas(root: Path) -> Named:
-    """The workflow, pruning, and the schedules in the slides' setting: these need no results."""
-    slides = profile_queue("paper", method="feddip", preset="paper")[0].resolved()
-    shape = (slides.rounds, slides.initial_sparsity, slides.target_sparsity, slides.penalty_max, slides.penalty_steps)
+def workflow(root: Path) -> Named:
+    """One round in a picture: this needs no results."""
     yield "feddip_workflow", diagrams.workflow()
-    yield "pruning", diagrams.before_after_pruning()
-    yield "schedules", diagrams.schedules(*shape)
 
 
 def first_look(root: Path) -> Named:
@@ -100,68 +94,24 @@ def accuracies(root: Path) -> Named:
         title = f"Recorded, profile {profile}"
         own = runs[runs["method"].isin(HEADLINE)]
         yield f"{name}_{profile}_accuracy", curves.accuracy_curves({title: own[own["preset"] != "memory"]})
-        readings = own[own["method"] == "feddip"]
-        if readings["preset"].nunique() > 1:  # `memory` among them: beside all others its curve would hide the rest
-            yield f"{name}_{profile}_presets", curves.accuracy_curves({title: readings}, x=["round"])
-        if set(runs["method"]) <= set(HEADLINE):
-            continue
-        if len(comparable(runs)):
+        if len(comparable(runs)) and not set(runs["method"]) <= set(HEADLINE):
             yield f"{name}_{profile}_methods", curves.accuracy_for_bytes(runs, title)
-        for split in splits(comparable(runs)):
-            figure = curves.families(runs[runs["split"] == split], title)
-            yield f"{name}_{profile}_families_{split.split()[0].lower()}", figure
-
-
-def masks(root: Path) -> Named:
-    """Overlap, regrown weights and pruning error in the rounds that choose a mask, for each comparison's first
-    partition; and the sparsity of every tensor beside ERK's, for the runs that recorded it."""
-    for (profile, name), runs in comparisons(root).items():
-        title = f"Recorded, profile {profile}"
-        pruning = runs[runs["method"].isin(["feddp", "feddip"]) & (runs["split"] == splits(runs)[0])]
-        chosen = rows_choosing_masks(pruning)
-        if len(chosen):
-            columns = ["mask_overlap", "regrown", "pruning_error"]
-            yield f"{name}_{profile}_masks", curves.column_panels(chosen, columns, title)
-    for name, rows in layers.recorded_layers(root / "results").items():
-        yield name, layers.layer_bars(rows, "Recorded")
 
 
 def extreme(root: Path) -> Named:
-    """Accuracy against target sparsity, and each of FedDIP's settings changed alone."""
+    """Accuracy against target sparsity, and FedDIP minus FedDP."""
     records = recorded("lite", root / "results", **EVEN)
     swept = sparsity_sweep.recorded_sweep(records)
     if len(swept):
         yield "extreme_sparsity", sparsity_sweep.sweep(swept, "Recorded, profile lite")
-    for target in (0.9, 0.995):
-        varied = sparsity_sweep.ablations(records[records["target_sparsity"] == target])
-        if varied["variant"].nunique() > 1:
-            yield f"feddip_ablations_{target:g}", sparsity_sweep.ablation(varied, "Recorded, profile lite")
-
-
-def bound(root: Path) -> Named:
-    """The terms of the convergence bound on the recorded paths."""
-    records, title = bound_tables.recorded_paths(root / "results"), "Recorded, profile lite"
-    usual, varied = records[records["label"] == "FedDIP"], bound_tables.interval_study(records)
-    if len(usual):
-        yield "bound_terms", bound_figures.terms(usual, title)
-        yield "bound_path", bound_figures.path(usual, title)
-        yield "bound_shares", bound_figures.shares(usual, title)
-    if len(varied):
-        yield "bound_pruning", bound_figures.pruning_term(varied, title)
 
 
 def cost(root: Path) -> Named:
-    """Bytes of the recorded runs; latency and size of pruned models as `python -m benchmarks cost` measured them."""
+    """Bytes of the recorded runs."""
     runs = comparisons(root).get(MAIN)
     if runs is not None:
         even = runs[runs["split"] == splits(runs)[0]]
         yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
-    record = cost_tables.read_cost(root / "benchmarks")
-    if record:
-        source = cost_tables.source(record)
-        yield "cost_layers", cost_figures.latency(record["layers"], f"Each model's largest linear layer. {source}")
-        yield "cost_latency", cost_figures.latency(record["times"], f"Whole models. {source}")
-        yield "cost_files", cost_figures.file_sizes(record["models"], f"Size of pruned models, counted. {source}")
 
 
 def findings(root: Path) -> Named:
@@ -187,7 +137,7 @@ def findings(root: Path) -> Named:
         yield "equal_bytes", equal_bytes.for_equal_bytes(forms, f"{title}: dense models for FedDIP's bytes")
 
 
-PARTS = (ideas, first_look, accuracies, masks, extreme, bound, cost, findings)
+PARTS = (workflow, first_look, accuracies, extreme, cost, findings)
 
 
 # ---- README and docs

@@ -1,4 +1,4 @@
-"""Figures of results: accuracy against rounds and bytes, columns against rounds, methods side by side.
+"""Figures of results: accuracy against rounds, and against bytes with all methods side by side.
 
 Results come as `names.describe` returns them. Legends carry n, axis labels carry units, and every figure says on
 itself which data and how many rounds. With three seeds or more a line is their mean with its 95 % Student t interval;
@@ -24,7 +24,6 @@ from .statistics import interval
 from .style import AXES, GREY, counted, look_of, styled
 
 BROKEN = ", diverged"
-DRAWN = {"sparsity": "steps-post", "penalty": "steps-post"}  # constant from one row to the next
 
 
 @styled
@@ -53,38 +52,9 @@ def accuracy_curves(
     return panels.figure
 
 
-@styled
-def column_panels(results: pd.DataFrame, columns: Sequence[str], title: str) -> Figure:
-    """Columns of the results against rounds, a panel each, for one setting and one partition."""
-    results = told_apart(results)
-    parts = {("", name): averaged(results[results[name].notna()], "round", name) for name in columns}
-    panels = _panels(parts, results)
-    style.headed(panels.figure, title, f"{results['setting'].iloc[0]}; {results['split'].iloc[0]}")
-    return panels.figure
-
-
-@styled
-def families(results: pd.DataFrame, title: str, x: Sequence[str] = ("round", "mib")) -> Figure:
-    """Accuracy of all methods of one setting and partition, a row per family as the slides sort them; FedAvg and
-    FedDIP are in each, presets are left out, and so are seeds that not all methods have. Smoothed as the headline
-    value is: means of the last ten rows."""
-    results = told_apart(comparable(results[results["preset"] == "paper"]))
-    of, always = results["method"].map(family_of), results["method"].isin(["fedavg", "feddip"])
-    parts = {
-        (family, name): averaged(results[(of == family) | always], name, "accuracy", HEADLINE_ROWS)
-        for family in FAMILIES if (of == family).any() for name in x
-    }  # fmt: skip
-    panels = _panels(parts, results, "accuracy", sharey=True)
-    for (family, _), panel in panels.axes_dict.items():
-        panel.set_title(family, loc="left", fontweight="bold")
-    words = f"{title}; {results['split'].iloc[0]}; means of {HEADLINE_ROWS} evaluated rounds"
-    style.headed(panels.figure, words, results["setting"].iloc[0])
-    return panels.figure
-
-
-def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str | None = None, **by) -> FacetGrid:
+def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str, **by) -> FacetGrid:
     """The panels of `parts`, (row, column) -> `averaged` rows, with axes and legend. A column is named by its `x`, of
-    `y` zoomed as far as lines reach once a fifth of the run is over; without `y` it is the name of that."""
+    `y` zoomed as far as lines reach once a fifth of the run is over."""
     rows = pd.concat([part.assign(row=row, column=column) for (row, column), part in parts.items()])
     names, looks = _names(rows, results)
     rows = rows.assign(name=rows["label"].map(names))
@@ -92,17 +62,14 @@ def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str |
     by = {"row": "row", "col": "column", "row_order": down, "col_order": across, **by}
     panels = style.line_panels(rows, looks, "", **by)
     for (row, column), panel in panels.axes_dict.items():
-        x = column.split("|")[0] if y else "round"
-        panel.set(xlabel=AXES[x], ylabel=AXES[y or column])
+        x = column.split("|")[0]
+        panel.set(xlabel=AXES[x], ylabel=AXES[y])
         if x == "mib":
             panel.set(xscale="log", xlim=(rows["x"].max() / 40, rows["x"].max() * 1.1))
             style.log_ticks(panel.xaxis)
         else:
             style.round_axis(panel)
-        if y:
-            _zoom(panel, rows if by["sharey"] is True else rows[rows["row"] == row])
-        for line in panel.lines:
-            line.set_drawstyle(DRAWN.get(column, "default"))
+        _zoom(panel, rows[rows["row"] == row])
     return panels
 
 

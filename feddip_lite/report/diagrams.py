@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from numpy.typing import ArrayLike
 
-from ..core.schedules import penalty_at, published_penalty_at, sparsity_at
 from ..core.sparsity import num_kept, topk_mask
-from .style import AXES, INK, grid, round_axis, styled
+from .style import INK, grid, styled
 
 KEPT, PRUNED, BLUE = "#d55e00", "#c9ced3", "#0072b2"
 SERVER, CLIENT = "#fdece2", "#e6f1f8"  # fills
@@ -110,22 +109,4 @@ def matrices(panels: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
             look = {"cmap": colours if colour == INK else ["#eef0f2"], "cbar": False, "square": True}
             sns.heatmap(matrix, mask=~kept, vmin=-largest, vmax=largest, ax=panel, **numbers, **look)
         panel.set(title=title, xticks=[], yticks=[])
-    return figure
-
-
-@styled
-def schedules(rounds: int, initial: float, final: float, peak: float, steps: int) -> Figure:
-    """The schedules of FedDIP over `rounds` rounds: sparsity, and the penalty by Eq. 3 and by the published code."""
-    figure, axes = grid(1, 2, 2.8)
-    t = range(rounds)
-    axes[0][0].plot(t, [sparsity_at(i, initial, final, rounds) for i in t], color=KEPT)
-    axes[0][0].axhline(final, color=INK, lw=0.8, ls=":")
-    axes[0][0].set(ylabel="sparsity $s_t$", ylim=(0, 1), title=f"cubic, T = {rounds}")
-    for name, schedule, line in (("Eq. 3", penalty_at, "-"), ("published code", published_penalty_at, "--")):
-        axes[0][1].step(t, [schedule(i, peak, steps, rounds) for i in t], where="post", ls=line, color=KEPT, label=name)
-    axes[0][1].axhline(peak, color=INK, lw=0.8, ls=":")
-    axes[0][1].set(ylabel=AXES["penalty"], title=f"Q = {steps} steps, T = {rounds}")
-    axes[0][1].legend(loc="lower right")
-    for panel in axes[0]:
-        round_axis(panel)
     return figure

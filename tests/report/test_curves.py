@@ -17,7 +17,7 @@ from feddip_lite.records.catalogue import comparable, main_runs, profile_queue, 
 from feddip_lite.records.names import describe, labels, title_of, told_apart
 from feddip_lite.records.store import headline, load_results
 from feddip_lite.report import diagrams
-from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes, column_panels, families
+from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes
 from feddip_lite.report.statistics import paired
 from feddip_lite.report.style import look_of, save_figure
 from feddip_lite.report.tables import results_table
@@ -105,26 +105,11 @@ def test_each_source_has_columns_of_its_own(results):
     assert [axes.get_title("left") for axes in figure.axes] == ["Fresh: IID", "Recorded: IID"]
 
 
-def test_column_panels_leave_out_rounds_without_a_value(results):
-    figure = column_panels(only(results, "FedAvg", "FedDIP"), ["sparsity", "pruning_error"], "Tiny")
-    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
-
-
 def test_what_has_no_value_has_no_panel(results):
-    figure = column_panels(only(results, "FedAvg"), ["sparsity", "pruning_error"], "Tiny")
-    assert [axes.get_visible() for axes in figure.axes] == [True, False]
     both = results[results["label"] == "FedDIP"]
     figure = accuracy_curves({"Fresh": only(results, "FedDIP"), "Recorded": both}, x=["round"])
     assert [axes.get_visible() for axes in figure.axes] == [True, True, False, True]
     assert [axes.get_title("left") for axes in figure.axes][::3] == ["Fresh: IID", "Recorded: 2 classes per client"]
-
-
-def test_families_put_each_method_in_its_row_beside_fedavg_and_feddip(results):
-    figure = families(results[results["split"] == "IID"], "Tiny", x=["round"])
-    assert [axes.get_title("left") for axes in figure.axes] == ["dense to dense", "sparse to sparse"]
-    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
-    names = ["FedAvg", "FedDIP", "FedDIP (mask_interval = 1, penalty_max = 0.5)"]
-    assert [name.split(" (n")[0] for name in legend_of(figure)] == names
 
 
 def test_lines_are_the_means_of_up_to_ten_rows_and_their_axis_is_where_they_live(results):
@@ -205,13 +190,11 @@ def test_runs_of_a_method_that_is_not_registered_are_named_and_drawn(folder):
     runs = describe(records.assign(method=records["method"].replace("fedavg", "elsewhere")))
     assert labels(runs)[-1] == "elsewhere" and "FedAvg" not in labels(runs)
     assert "elsewhere (n = 3)" in legend_of(accuracy_curves({"Tiny": runs[runs["split"] == "IID"]}))
-    figure = families(runs[runs["split"] == "IID"], "Tiny", x=["round"])
-    assert [axes.get_title("left") for axes in figure.axes] == ["sparse to sparse", "own"]
 
 
 def test_drawing_leaves_the_style_of_matplotlib_alone():
     before = dict(plt.rcParams)
-    diagrams.schedules(20, 0.5, 0.9, 1e-3, 20)
+    diagrams.workflow()
     diagrams.before_after_pruning()
     assert dict(plt.rcParams) == before
 
@@ -291,7 +274,7 @@ def test_settings_that_differ_between_runs_are_said_in_labels_and_only_what_all_
     assert "initial lr" not in figure.get_suptitle()
     assert name in results_table(mixed)["method (preset)"].tolist()
     twice = pd.concat([other, faster.assign(run_id=faster["run_id"] + "x")])
-    lines = column_panels(twice, ["accuracy"], "two rates of one method")
+    lines = accuracy_curves({"two rates of one method": twice}, x=["round"])
     assert len(legend_of(lines)) == 2 and f"{name} (n = 3)" in legend_of(lines)
     assert usual_lr != 0.2
     alike = told_apart(usual)

@@ -15,19 +15,14 @@ from feddip_lite.config import FIELDS
 from feddip_lite.records.names import describe
 from feddip_lite.records.profiles import load_profile
 from feddip_lite.records.store import ROOT, load_results, read_run
-from feddip_lite.report.style import save_figure
-from feddip_lite.studies.bound import figures as bound_figures
 from feddip_lite.studies.bound import path
 from feddip_lite.studies.bound.estimators import Objective, assemble, estimate, pruning_distance
 from feddip_lite.studies.bound.path import ESTIMATES, PATH_COLUMNS, record_path
 from feddip_lite.studies.bound.tables import (
-    TERMS,
     bound_of,
     checkpoints,
-    each_run,
     gamma_of,
     removed_so_far,
-    summary,
 )
 from feddip_lite.train import run as rounds
 from feddip_lite.train.evaluate import evaluate_state
@@ -218,77 +213,3 @@ def test_the_theorems_smoothness_is_that_of_its_learning_rate():
     run, slower = record(), record(**THEORY)  # 1/(40 t), where L = 5 was found
     for name, factor in {"initial": 8, "pruning": 8, "noise": 1, "drift": 1, "left": 1}.items():
         assert getattr(bound_of(slower), name) == pytest.approx(factor * getattr(bound_of(run), name))
-
-
-def test_the_summary_has_a_row_per_run_with_the_largest_constants():
-    runs = pd.concat([record(), record(seed=1)])
-    (row, _) = summary(runs).to_dict("records")
-    assert (row["sharpness"], row["lipschitz"], row["second_moment"], row["removed"]) == (5, 2, 9, 15)
-    assert (row["hidden"], row["checkpoints"], row["overcharged"]) == (1, 3, 2)
-    assert {name: row[name] for name in ("left", *TERMS)} == asdict(bound_of(record()))
-
-
-# ---- figures
-
-
-def three() -> pd.DataFrame:
-    """Two partitions in the experiments' setting, one of them in the theorem's, in no order."""
-    return pd.concat([record(**THEORY), record(partition="pathological"), record()])
-
-
-def test_left_side_is_drawn_as_a_running_mean_and_pruning_as_its_growing_term():
-    run = record(partition="pathological")
-    lines = {name: list(own["y"]) for name, own in bound_figures.term_lines(run).groupby("name")}
-    assert lines["left side: running mean"] == pytest.approx([6, 4, 3])
-    assert lines["pruning"] == pytest.approx([bound_of(run).pruning * part / 15 for part in (1, 3, 7, 15)])
-    assert set(lines["drift"]) == {bound_of(run).drift}
-    assert lines["noise, as printed"][0] == bound_of(run, printed=True).noise
-    assert lines[r"drift, median $\gamma$"][0] == bound_of(run, typical=True).drift
-
-
-def test_each_run_has_a_panel_of_terms():
-    panels = bound_figures.terms(three(), "Tiny").axes
-    settings = ["IID, theorem's setting", "IID, experiments' setting", "2 classes per client, experiments' setting"]
-    assert [panel.get_title("left") for panel in panels] == settings
-    lines = [bound_figures.term_lines(run)["name"].nunique() for run in each_run(three())]
-    assert [len(panel.lines) for panel in panels] == lines
-
-
-def test_path_draws_gamma_where_it_is_known_and_says_where_noise_hides_it():
-    figure = bound_figures.path(three(), "Tiny")
-    texts = [text.get_text() for text in figure.axes[3].get_legend().get_texts()]
-    assert texts == ["IID: median 2.5, hidden at 1 of 3", "2 classes per client: median 2.5, hidden at 1 of 3"]
-    assert [len(line.get_xdata()) for line in figure.axes[3].lines[:2]] == [2, 2]
-    assert list(figure.axes[5].lines[0].get_ydata()) == [9, 1, 2, 4, 8]
-
-
-def test_shares_add_up_to_the_whole_in_both_forms():
-    figure = bound_figures.shares(three(), "Tiny")
-    for panel in figure.axes:
-        shown = panel.collections[0].get_array().reshape(6, len(TERMS))
-        np.testing.assert_allclose(shown.sum(1), 100)
-    labels = [text.get_text().rpartition(",")[0] for text in figure.axes[0].get_yticklabels()]
-    assert labels[::2] == [
-        "IID, theorem's setting",
-        "IID, experiments' setting",
-        "2 classes per client, experiments' setting",
-    ]
-
-
-def test_pruning_term_has_a_line_per_preset_over_the_intervals_that_were_run():
-    runs = [record(mask_interval=r, preset=preset) for r in (1, 20) for preset in ("paper", "memory")]
-    figure = bound_figures.pruning_term(pd.concat([*runs, record(mask_interval=5)]), "Tiny")
-    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[0, 1, 2], [0, 2]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["preset paper", "preset memory"]
-    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["1", "5", "20"]
-    assert set(figure.axes[1].lines[0].get_ydata()) == {bound_of(record()).pruning}
-
-
-@pytest.mark.parametrize("draw", [bound_figures.terms, bound_figures.path, bound_figures.shares])
-def test_figures_say_data_and_rounds_and_are_saved_to_the_same_bytes(draw, tmp_path):
-    figure, again = draw(three(), "Tiny"), draw(three(), "Tiny")
-    assert "digits, LeNet-5, T = 4 rounds" in figure.get_suptitle()
-    assert "theory" not in figure.get_suptitle()
-    paths = save_figure(figure, "bound", tmp_path / "a"), save_figure(again, "bound", tmp_path / "b")
-    saved = [[path.read_bytes() for path in each] for each in paths]
-    assert saved[0] == saved[1]

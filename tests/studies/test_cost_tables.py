@@ -11,7 +11,7 @@ from feddip_lite.core.schedules import sparsity_at
 from feddip_lite.records.store import ROOT
 from feddip_lite.report.style import save_figure
 from feddip_lite.studies.cost import figures as cost_figures
-from feddip_lite.studies.cost.measure import BOTH, CSR, DENSE, SHRUNK, untrained
+from feddip_lite.studies.cost.measure import CSR, DENSE, untrained
 from feddip_lite.studies.cost.tables import (
     circumstances,
     crossings,
@@ -135,23 +135,6 @@ def test_the_recorded_measurements_are_whole():
     assert set(found["models"]["target"]) >= set(sparsities) and set(found["times"]["batch"]) == set(batches)
 
 
-def test_a_latency_figure_shows_times_over_the_dense_form_and_only_forms_that_were_timed():
-    rows = pd.concat([times(), times(fast=1.0, batch=128), times(model="other").query("form == @DENSE")])
-    shares = cost_figures.ratios(rows).groupby("name")["y"].agg(list)
-    assert shares["CSR linear layers, batch 1"] == [2.0, 0.5] and shares["CSR linear layers, batch 128"] == [2.0, 2.0]
-    panel, other = cost_figures.latency(rows, "Tiny").axes
-    assert [line.get_ydata().tolist() for line in panel.lines] == [[1, 1], [2, 0.5], [1, 1], [2, 2]]
-    assert len(other.lines) == 1
-
-
-def test_sizes_are_drawn_in_kib_over_the_target():
-    sizes = cost_figures.sizes_in_kib(models().sort_values("target")).groupby("name")["y"].agg(list)
-    assert sizes["file: values and a bit per weight"] == [1.0, 1.0] and sizes["dense file"] == [4.0, 4.0]
-    assert sizes["published formula 4n(1 - s)"] == pytest.approx([4 * 0.5 / 1.024, 4 * 0.1 / 1.024])
-    (panel,) = cost_figures.file_sizes(models(), "Tiny").axes
-    assert len(panel.lines) == len(sizes) == len(cost_figures.SIZE_LOOKS)
-
-
 def test_rates_are_the_bytes_of_each_round_and_figures_are_stable(runs, tmp_path):
     for _, own in runs.groupby("label"):
         rates = cost_figures.rates(own, "up").query("name in @own.label")
@@ -164,8 +147,3 @@ def test_rates_are_the_bytes_of_each_round_and_figures_are_stable(runs, tmp_path
     assert all(
         (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in ("bytes.png", "bytes.svg")
     )
-
-
-def test_every_form_has_a_look_of_its_own():
-    assert set(cost_figures.FORM_LOOKS) == {DENSE, CSR, SHRUNK, BOTH}
-    assert len(set(cost_figures.FORM_LOOKS.values())) == 4

@@ -13,8 +13,6 @@ from feddip_lite.core.sparsity import jaccard
 from feddip_lite.records.store import read_mask, read_run, sealed
 from feddip_lite.studies.layers import (
     across_seeds,
-    layer_bars,
-    layers,
     overlap_by_chance,
 )
 from feddip_lite.train.run import train
@@ -38,29 +36,6 @@ def runs(folder):
     return train(QUEUE, folder)
 
 
-def test_layers_are_those_of_the_sparse_runs_and_add_up_to_their_sparsity(folder, runs):
-    rows = layers(folder, runs)
-    assert set(rows["run_id"]) == {config.run_id for config in QUEUE[:3]}
-    for run_id, own in rows.groupby("run_id"):
-        last = runs[runs["run_id"] == run_id].iloc[-1]
-        assert 1 - own["kept"].sum() / own["size"].sum() == pytest.approx(last["sparsity"], abs=1e-12)
-        assert ((1 - own["erk"]) * own["size"]).sum() == pytest.approx(own["kept"].sum(), rel=1e-9)
-        np.testing.assert_allclose(own["sparsity"], 1 - own["kept"] / own["size"])
-        assert [tensor["name"] for tensor in read_run(folder, run_id)[1]["layers"]] == [
-            f"{name}.weight" for name in own["layer"]
-        ]
-
-
-def test_the_figure_shows_the_mean_of_each_tensor(folder, runs):
-    rows = layers(folder, runs)
-    means = 100 * rows.groupby("layer", sort=False)["sparsity"].mean()
-    (panel,) = layer_bars(rows, "title").axes
-    drawn = {line.get_marker(): line.get_ydata() for line in panel.lines if len(line.get_ydata()) == len(means)}
-    np.testing.assert_allclose(drawn["s"], 100 - means)
-    np.testing.assert_allclose(drawn["_"], 100 - 100 * rows.groupby("layer", sort=False)["erk"].mean())
-    assert [text.get_text() for text in panel.get_xticklabels()] == list(means.index)
-
-
 def test_seeds_are_compared_pair_by_pair_whole_and_by_tensor(folder, runs):
     pairs = across_seeds(folder, runs)
     masks = [read_mask(folder, config.run_id) for config in QUEUE[:3]]
@@ -68,7 +43,8 @@ def test_seeds_are_compared_pair_by_pair_whole_and_by_tensor(folder, runs):
     assert list(whole["seeds"]) == ["0, 1", "0, 2", "1, 2"]
     expected = [jaccard(masks[a], masks[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
     np.testing.assert_allclose(whole["overlap"], expected)
-    assert len(pairs) == 3 * (1 + len(layers(folder, runs)["layer"].unique()))
+    tensors = read_run(folder, QUEUE[0].run_id)[1]["layers"]
+    assert len(pairs) == 3 * (1 + len(tensors))
     assert pairs[["overlap", "chance"]].stack().between(0, 1).all()
 
 

@@ -84,7 +84,7 @@ def test_writing_twice_gives_the_same_bytes(checkout):
     once = contents(checkout)
     assert publish.main([f"--root={checkout}"]) == 0
     assert contents(checkout) == once
-    assert {path.stem for path in (checkout / "figures").iterdir()} == {"feddip_workflow", "pruning", "schedules"}
+    assert {path.stem for path in (checkout / "figures").iterdir()} == {"feddip_workflow"}
     readme, results, cost, speed, page = (
         (checkout / name).read_text()
         for name in ("README.md", "docs/results.md", "docs/cost.md", "docs/speed.md", "docs/claims.md")

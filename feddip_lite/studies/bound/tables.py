@@ -6,7 +6,7 @@ Runs come as `records.names.describe` returns them (`recorded_paths`), with the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from .path import ESTIMATES
 SCHEDULES = {"theory": "theorem's setting", "exponential": "experiments' setting"}
 """What a run's `lr_schedule` makes of it."""
 TERMS = tuple(item.name for item in fields(Bound))[1:]
-GAMMAS = {"largest": False, "median": True}  # what `bound_of` is told
 
 
 def each_run(runs: pd.DataFrame) -> list[pd.DataFrame]:
@@ -68,28 +67,3 @@ def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
 def removed_so_far(run: pd.DataFrame) -> pd.Series:
     """The sum of sqrt(delta) ||w|| [W] up to each state after the first, which has 0."""
     return run["pruning_distance"].where(run["round"] > 0, 0.0).cumsum()
-
-
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: its name, the largest value of each constant, the sum of sqrt(delta) ||w|| (`removed`), how often
-    noise hides gamma, what pruning is charged over what it costs, and the consistent bound for the largest gamma."""
-    rows = []
-    for run in each_run(runs):
-        first, points = run.iloc[0], checkpoints(run)
-        row = {name: first[name] for name in ("run_id", "label", "split", "preset", "mask_interval", "lr_schedule")}
-        row |= {"name": f"{first['split']}, {SCHEDULES[first['lr_schedule']]}"}
-        row |= {"rate": first["smoothness"], "sharpness": points[["sharpness", "secant"]].max(axis=None)}
-        row |= {"lipschitz": points[["lipschitz", "pruning_lipschitz"]].max(axis=None)}
-        row |= {name: points[name].max() for name in ("variance", "second_moment")}
-        row |= {"gamma": gamma_of(run, False), "typical_gamma": gamma_of(run, True)}
-        row |= {"hidden": int(np.isinf(points["dispersion"]).sum()), "checkpoints": len(points)}
-        row |= {"removed": removed_so_far(run).iloc[-1], "accuracy": points["accuracy"].iloc[-1]}
-        row |= {"overcharged": (row["lipschitz"] / points["pruning_lipschitz"]).median()}
-        rows.append(row | asdict(bound_of(run)))
-    return pd.DataFrame(rows)
-
-
-def interval_study(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs at the experiments' learning rate, of those partitions in which R, rounds between masks, varies."""
-    usual = runs[runs["lr_schedule"] == "exponential"]
-    return usual[usual.groupby("split")["mask_interval"].transform("nunique") > 1]

@@ -64,12 +64,6 @@ def circumstances(record: dict) -> str:
     return f"**{doubt}** {words}" if doubt else words
 
 
-def source(record: dict) -> str:
-    """The same in a few words, for the titles of figures."""
-    what = "NOT TO BE QUOTED" if reservation(record) else "Recorded"
-    return f"{what}: {record['provenance']['device']}, one thread, {record['settings']['repeats']} passes"
-
-
 def published_bytes(run: pd.DataFrame) -> pd.DataFrame:
     """`up_bytes` and `down_bytes` (T rows, indexed by round) of a run by the published formula, evaluated or not:
     4 n K (1 - share of zeros) for the model's n weights and K participants. Uploads are dense, of a download the share
