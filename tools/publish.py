@@ -243,13 +243,15 @@ def notebooks_part(root: Path) -> str:
         notebook = nbformat.read(path, as_version=4)
         question = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
         link = f"[{path.stem[:2]} {path.stem[3:].replace('_', ' ')}](notebooks/{path.name})"
-        rows.append({"notebook": link, "question": question, "answer": first_sentence(answer_of(notebook))})
+        rows.append({"notebook": link, "question": question, "answer": first_sentences(answer_of(notebook))})
     return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
 
-def first_sentence(text: str) -> str:
-    """Up to the first full stop that ends a sentence; links and cells of a table cannot stand in it."""
-    return re.split(r"(?<=[.?!])\s+(?=[A-Z])", text.replace("|", "\\|").strip(), maxsplit=1)[0]
+def first_sentences(text: str, least: int = 60) -> str:
+    """As many sentences of the beginning as have `least` letters together; in a table's cell."""
+    sentences = re.split(r"(?<=[.?!])\s+(?=[A-Z])", text.replace("|", "\\|").strip())
+    count = next((n for n in range(1, len(sentences)) if len(" ".join(sentences[:n])) >= least), len(sentences))
+    return " ".join(sentences[:count])
 
 
 def methods_part() -> str:
