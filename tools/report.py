@@ -30,7 +30,7 @@ h1 { font-size: 1.6rem; } p, li { max-width: 50rem; } a { color: #0b5cad; } img 
 pre { background: #f5f6f7; padding: .7rem; overflow-x: auto; font-size: .85rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-size: .9rem; }
 th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-.failed { color: #b00020; }
+.failed { color: #b00020; } .anchor-link { display: none; }
 """
 # What a page of nbconvert lacks on a narrow screen: long lines and wide tables scroll, prose keeps to a readable width.
 NARROW = """<style>
