@@ -83,7 +83,7 @@ def test_its_figures_are_small_and_say_what_they_are(path):
 
 def test_it_ends_with_an_answer_and_two_exercises_with_folded_solutions(path):
     notebook = nbformat.read(path, as_version=4)
-    assert len(notebooks.answer_of(notebook)) > 40
+    assert len(tool("report").answer_of(notebook)) > 40
     exercises = [cell.source for cell in notebook.cells if cell.source.startswith("## Exercises")]
     assert len(exercises) == 1 and len(re.findall(r"^\d\. ", exercises[0], re.MULTILINE)) == 2
     assert exercises[0].count("<details><summary>Solution</summary>\n\n") == exercises[0].count("\n</details>") == 2
@@ -105,7 +105,7 @@ def test_parameters_come_first_and_are_used(path):
 
 
 def test_the_parameters_cell_holds_profile_and_nothing_else(path):
-    (cell,) = (cell for cell in cells(path, "code") if cell.metadata.get("tags"))
+    (cell,) = (cell for cell in cells(path, "code") if "parameters" in cell.metadata.get("tags", []))
     (statement,) = ast.parse(cell.source).body
     assert [target.id for target in statement.targets] == ["PROFILE"]
     assert ast.literal_eval(statement.value) == "quick"
