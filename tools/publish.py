@@ -291,7 +291,7 @@ def questions(root: Path) -> dict[int, str]:
     figures = {1: "ingredients", 2: "strengths", 3: "start", 5: "second_order", 6: "equal_bytes"}
     for number, own in table[table["question"] > 0].groupby("question"):
         figure = root / "figures" / f"{figures.get(number)}.png"
-        shown = [f"![](../figures/{figure.name})"] * figure.exists()
+        shown = [f"![{own['claim'].iloc[0]}](../figures/{figure.name})"] * figure.exists()
         said = [
             f"- {row.claim}: **{row.verdict}**. {row.measured}: {row.values}." if row.values != "-" else
             f"- {row.claim}: not measured yet."
