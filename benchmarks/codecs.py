@@ -16,10 +16,10 @@ import torch
 
 from feddip_lite.config import Config
 from feddip_lite.core.codecs import codec_of
-from feddip_lite.core.flat import Layout
-from feddip_lite.core.models import build_model
 from feddip_lite.records.provenance import provenance
 from feddip_lite.train.run import running
+
+from .masks import alexnet
 
 CODECS = ("fp16", "qsgd:8:512", "qsgd:4:512", "ternary:512", "topk:0.01", "sign")
 SPARSITIES = (0.0, 0.9)
@@ -37,10 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def record(given: argparse.Namespace) -> dict:
-    module = build_model("alexnet", classes=10, width=1.0, channels=3, size=32, seed=0)
-    layout, rows = Layout.of(module, image_shape=(3, 32, 32)), []
-    parameters = {name: value.detach().flatten() for name, value in module.named_parameters()}
-    weights = torch.cat([parameters[slot.name] for slot in layout.slots])
+    (_, weights), rows = alexnet(), []
     draw = torch.Generator().manual_seed(1)
     with running(Config()):
         for sparsity in SPARSITIES:

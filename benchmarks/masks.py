@@ -37,15 +37,21 @@ def event(scores: torch.Tensor, sparsity: float) -> dict[str, float]:
     return {"choose_s": choose, "index_s": index, "code_s": code, "mask_bytes": size}
 
 
+def alexnet() -> tuple[Layout, torch.Tensor]:
+    """AlexNet's layout at full width, and its initial weights, (n,), the prunable ones first."""
+    module = build_model("alexnet", classes=10, width=1.0, channels=3, size=32, seed=0)
+    layout = Layout.of(module, image_shape=(3, 32, 32))
+    parameters = {name: value.detach().flatten() for name, value in module.named_parameters()}
+    return layout, torch.cat([parameters[slot.name] for slot in layout.slots])
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="events of each sparsity")
 
 
 def record(given: argparse.Namespace) -> dict:
-    module = build_model("alexnet", classes=10, width=1.0, channels=3, size=32, seed=0)
-    layout, rows = Layout.of(module, image_shape=(3, 32, 32)), []
-    parameters = {name: value.detach().flatten() for name, value in module.named_parameters()}
-    weights = torch.cat([parameters[slot.name] for slot in layout.prunable_slots])
+    (layout, weights), rows = alexnet(), []
+    weights = weights[: layout.prunable]
     draw = torch.Generator().manual_seed(1)
     with running(Config()):
         for sparsity in SPARSITIES:

@@ -2,8 +2,8 @@
 
 What is kept are tables, figures and what cells print, as the executed copies in build/quick/ have them: the same
 bytes whenever one machine runs the same cells. Nothing of the machine is kept: no warnings or progress, and of a cell
-tagged `measured`, which takes times, no output at all. A notebook's metadata says of which cells its outputs are, so
-that a test can refuse those of other cells.
+tagged `measured`, which takes times, no output at all. A notebook's metadata says of which cells its outputs are and
+which recorded runs there were, so that a test can refuse those of other cells, and those that know fewer runs.
 """
 
 import argparse
@@ -34,8 +34,14 @@ def cells_sha256(notebook: NotebookNode) -> str:
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
-def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    """`notebook` with the outputs of its `executed` copy.
+def records_sha256(results: Path) -> str:
+    """The SHA-256 of which runs are recorded, by their names; what a record holds does not change."""
+    names = sorted(path.relative_to(results).as_posix() for path in results.rglob("*.json"))
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()
+
+
+def with_outputs(notebook: NotebookNode, executed: NotebookNode, records: str) -> NotebookNode:
+    """`notebook` with the outputs of its `executed` copy, which knew the runs `records` (`records_sha256`).
 
     Raises:
         ValueError: the copy has other cells.
@@ -48,7 +54,7 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode
         kept = [] if MEASURED in cell.metadata.get("tags", []) else own.outputs
         cell.execution_count = number
         cell.outputs = [clean(output, number) for output in kept if output.get("name") != "stderr"]
-    notebook.metadata["executed"] = {"cells": cells_sha256(notebook)}
+    notebook.metadata["executed"] = {"cells": cells_sha256(notebook), "records": records}
     return notebook
 
 
@@ -81,10 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", metavar="DIR")
     parser.add_argument("--executed", type=Path, default=ROOT / "build" / "quick", metavar="DIR")
     options = parser.parse_args(arguments)
+    records = records_sha256(ROOT / "results")
     for path in sorted(options.notebooks.glob("[0-9][0-9]_*.ipynb")):
         try:
             executed = nbformat.read(options.executed / path.name, as_version=4)
-            notebook = with_outputs(nbformat.read(path, as_version=4), executed)
+            notebook = with_outputs(nbformat.read(path, as_version=4), executed, records)
         except (OSError, ValueError) as error:
             print(f"tools/notebooks.py: {path.stem}: {error}", file=sys.stderr)
             return 1

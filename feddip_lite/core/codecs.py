@@ -11,6 +11,7 @@ and `sign` are biased and need feedback. Names are `fp32`, `fp16`, `qsgd:BITS:BL
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from math import ceil, sqrt
@@ -30,7 +31,7 @@ _PIECE = 2**14  # numbers worked on at a time: what is made of them fits into a 
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(ABC):
     """`encode(vector, generator)` gives the bytes of a float32 vector (d,), on any device; `decode(data, count)` the
     vector (count,), on the CPU. The same vector and generator give the same bytes.
 
@@ -57,11 +58,11 @@ class Codec:
         lost may outgrow what is sent, and no feedback converges."""
         return 0.0
 
-    def encode(self, vector: Tensor, generator: np.random.Generator) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, vector: Tensor, generator: np.random.Generator) -> bytes: ...
 
-    def decode(self, data: bytes | memoryview, count: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, data: bytes | memoryview, count: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)

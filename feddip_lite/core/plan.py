@@ -49,6 +49,10 @@ class LocalPlan:
     test_leak: bool = False
     model: FlatModel | None = None
 
+    def passes(self, usual: int) -> int:
+        """Passes over the client's data, where `usual` are the configuration's `local_epochs`."""
+        return usual if self.epochs is None else self.epochs
+
 
 @dataclass(frozen=True)
 class LocalResult:

@@ -16,24 +16,29 @@ from .flat import Layout
 
 @dataclass(frozen=True, eq=False)
 class NormTerm:
-    """The gradient of strength * sum over prunable tensors l of ||w'_l||_2, w' = w*m."""
+    """strength * w'_l / ||w'_l||_2 for every prunable tensor l, w' = w*m: the gradient of strength * sum ||w'_l||_2. A
+    tensor pruned to nothing gets 0, never NaN."""
 
     layout: Layout
     strength: float
 
     def __call__(self, gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
-        add_norm_gradient_(gradient, masked, self.layout, self.strength)
+        for slot in self.layout.prunable_slots:
+            weights = masked[slot.start : slot.stop]
+            norm = torch.linalg.vector_norm(weights).clamp_min(torch.finfo(weights.dtype).tiny)
+            gradient[slot.start : slot.stop].addcdiv_(weights, norm, value=self.strength)
 
 
 @dataclass(frozen=True, eq=False)
 class SquareTerm:
-    """The gradient of strength / 2 * sum over prunable tensors l of ||w'_l||_2^2, w' = w*m."""
+    """strength * w' on the prunable coordinates, w' = w*m: the gradient of strength / 2 * sum ||w'_l||_2^2."""
 
     layout: Layout
     strength: float
 
     def __call__(self, gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
-        add_square_gradient_(gradient, masked, self.layout, self.strength)
+        prunable = self.layout.prunable
+        gradient[:prunable].add_(masked[:prunable], alpha=self.strength)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +71,3 @@ class Terms:
     def __call__(self, gradient: Tensor, masked: Tensor, dense: Tensor) -> None:
         for part in self.parts:
             part(gradient, masked, dense)
-
-
-def add_norm_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:
-    """Add strength * w'_l / ||w'_l||_2 for every prunable tensor l; a tensor pruned to nothing gets 0, never NaN."""
-    for slot in layout.prunable_slots:
-        weights = masked[slot.start : slot.stop]
-        norm = torch.linalg.vector_norm(weights).clamp_min(torch.finfo(weights.dtype).tiny)
-        gradient[slot.start : slot.stop].addcdiv_(weights, norm, value=strength)
-
-
-def add_square_gradient_(gradient: Tensor, masked: Tensor, layout: Layout, strength: float) -> None:
-    """Add strength * w' on the prunable coordinates: the gradient of strength / 2 * sum of ||w'_l||_2^2."""
-    gradient[: layout.prunable].add_(masked[: layout.prunable], alpha=strength)

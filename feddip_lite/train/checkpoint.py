@@ -17,7 +17,7 @@ import torch
 from ..config import UNHASHED, Config
 from ..core.errors import OutOfTime
 from ..core.state import EMPTY, ServerState
-from ..records.store import atomic_write
+from ..records.store import atomic_write, config_of
 from .identity import fingerprints, refuse_differing
 from .observe import Observer, Progress, Run
 from .round import Clients, RoundRecord
@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, progress: Progress, config: Config, origin: Mapp
     Raises OSError, and leaves the old one, if that cannot be done."""
     state = progress.state
     content = {
-        "config": _identity(config),
+        "config": json.dumps(_settings(asdict(config.resolved())), sort_keys=True),
         "came_from": dict(origin),
         "state": {name: getattr(state, name) for name in ("round", "weights", "buffers", "mask")},
         "memory": dict(state.memory),
@@ -101,7 +101,8 @@ def load_checkpoint(path: Path, config: Config, device: torch.device, clients: C
     try:
         content = torch.load(io.BytesIO(data[start:]), map_location=device, weights_only=True)  # unpickles no objects
         origin = content["came_from"]
-        there, here = json.loads(content["config"]), json.loads(_identity(config))
+        there = _settings(config_of({"config": json.loads(content["config"])}))  # younger settings had their default
+        here = _settings(asdict(config.resolved()))
         memories = {name: content[name] for name in ("memory", "memories")}
         state = ServerState(**content["state"], **memories, estimates=content.get("estimates", {}))  # older ones: none
         progress = Progress(state, **content["masks"], **json.loads(content["rest"]))
@@ -117,6 +118,6 @@ def load_checkpoint(path: Path, config: Config, device: torch.device, clients: C
     return progress
 
 
-def _identity(config: Config) -> str:
-    values = {key: value for key, value in asdict(config.resolved()).items() if key not in UNHASHED}
-    return json.dumps(values, sort_keys=True)
+def _settings(values: Mapping) -> dict:
+    """What two runs must share to be the same: of all settings those that change a result, as JSON has them."""
+    return json.loads(json.dumps({key: value for key, value in values.items() if key not in UNHASHED}))

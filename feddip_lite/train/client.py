@@ -58,7 +58,7 @@ def local_update(
     pieces = _pieces(model, w, mask)
     model.module.train(plan.mode != "score")
     losses, sizes, statistics = [], [], model.buffers.clone() if plan.dense_statistics else None
-    for images, labels in batches(config.local_epochs if plan.epochs is None else plan.epochs):
+    for images, labels in batches(plan.passes(config.local_epochs)):
         if time.monotonic() > deadline:
             raise TimeoutError(f"local training took longer than client_timeout = {config.client_timeout} s")
         sizes.append(len(labels))

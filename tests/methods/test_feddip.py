@@ -12,7 +12,7 @@ from feddip_lite.core.models import empty_model
 from feddip_lite.core.plan import LocalPlan, LocalResult
 from feddip_lite.core.schedules import penalty_at, published_penalty_at, sparsity_at
 from feddip_lite.core.sparsity import erk_densities, num_kept, topk_mask
-from feddip_lite.core.terms import add_norm_gradient_, add_square_gradient_
+from feddip_lite.core.terms import NormTerm, SquareTerm
 from feddip_lite.methods.feddip import FedDIP, FedDP
 from feddip_lite.train.client import local_update
 
@@ -316,19 +316,19 @@ def test_masked_upload_is_refused_with_server_memory(layout, options):
 
 
 @pytest.mark.parametrize(
-    ("add_gradient_", "of_tensor"),
+    ("term", "of_tensor"),
     [
-        (add_norm_gradient_, lambda tensor: tensor.norm()),
-        (add_square_gradient_, lambda tensor: tensor.square().sum() / 2),
+        (NormTerm, lambda tensor: tensor.norm()),
+        (SquareTerm, lambda tensor: tensor.square().sum() / 2),
     ],
 )
-def test_penalty_gradient_equals_autograd_of_the_sum_over_masked_tensors(layout, add_gradient_, of_tensor):
+def test_penalty_gradient_equals_autograd_of_the_sum_over_masked_tensors(layout, term, of_tensor):
     mask = random_bools(layout.prunable, 0.4)
     masked = layout.masked(random_vector(layout.size), mask).requires_grad_()
     (0.3 * sum(of_tensor(slot.of(masked)) for slot in layout.prunable_slots)).backward()
     gradient = random_vector(layout.size, seed=1)
     start = gradient.clone()
-    add_gradient_(gradient, masked.detach(), layout, 0.3)
+    term(layout, 0.3)(gradient, masked.detach(), masked.detach())
     torch.testing.assert_close(gradient - start, masked.grad, atol=1e-6, rtol=1e-5)
     assert torch.equal(gradient[layout.prunable :], start[layout.prunable :])
     assert torch.equal(gradient[: layout.prunable][~mask], start[: layout.prunable][~mask])
@@ -338,7 +338,7 @@ def test_penalty_gradient_of_a_tensor_pruned_to_nothing_is_zero_never_nan(layout
     masked = random_vector(layout.size)
     masked[:27] = 0
     gradient = torch.zeros(layout.size)
-    add_norm_gradient_(gradient, masked, layout, 1.0)
+    NormTerm(layout, 1.0)(gradient, masked, masked)
     assert torch.count_nonzero(gradient[:27]) == 0
     assert gradient.isfinite().all()
     assert gradient[27:219].norm().item() == pytest.approx(1, rel=1e-6)
@@ -347,11 +347,7 @@ def test_penalty_gradient_of_a_tensor_pruned_to_nothing_is_zero_never_nan(layout
 def test_a_dead_layer_trains_on_without_nan(model, layout):
     mask = torch.ones(layout.prunable, dtype=torch.bool)
     mask[:27] = False
-
-    def penalty_(gradient, masked, dense):
-        add_norm_gradient_(gradient, masked, layout, 1e-3)
-
-    plan = LocalPlan(0.1 * random_vector(layout.size), mask, torch.ones(6), penalty_)
+    plan = LocalPlan(0.1 * random_vector(layout.size), mask, torch.ones(6), NormTerm(layout, 1e-3))
     result = local_update(model, plan, tiny_data(), torch.arange(12), tiny_config(batch_size=5), 0, 0)
     assert result.weights.isfinite().all()
     assert math.isfinite(result.loss)
@@ -380,7 +376,7 @@ def test_penalty_of_the_round_is_what_the_client_adds(layout):
     plan = method.plan(method.offer(state, 10, 0), {}, 10)
     gradient, expected = torch.zeros(layout.size), torch.zeros(layout.size)
     plan.add_gradient_(gradient, plan.weights, plan.weights)
-    add_norm_gradient_(expected, plan.weights, layout, 0.4)
+    NormTerm(layout, 0.4)(expected, plan.weights, plan.weights)
     assert torch.equal(gradient, expected)
     assert method.plan(method.offer(state, 0, 0), {}, 0).add_gradient_ is None
 

@@ -168,6 +168,17 @@ def test_checkpoint_of_another_configuration_is_refused_naming_what_differs(chec
         assert f"({name} is {getattr(CONFIG, name)!r} there and {value!r} here)" in str(e.value)
 
 
+def test_a_checkpoint_that_is_older_than_a_setting_ran_under_its_default(checkpoint):
+    whole = load_checkpoint(checkpoint, CONFIG, CPU).state
+    content = torch.load(io.BytesIO(checkpoint.read_bytes()[len(MAGIC) + 65 :]), weights_only=True)
+    values = json.loads(content["config"])
+    del values["up"], values["down"], values["method_options"]["reentry"]
+    checkpoint.write_bytes(sealed({**content, "config": json.dumps(values)}))
+    assert torch.equal(load_checkpoint(checkpoint, CONFIG, CPU).state.weights, whole.weights)
+    with pytest.raises(ValueError, match="another configuration .up is 'fp32' there and 'fp16' here"):
+        load_checkpoint(checkpoint, replace(CONFIG, up="fp16"), CPU)
+
+
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_result_that_is_a_pickle_is_refused_and_not_run(tmp_path, kind):
     save_run(tmp_path, CONFIG.resolved(), history_of(), {}, [])

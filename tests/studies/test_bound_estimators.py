@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from feddip_lite.core.errors import Diverged
 from feddip_lite.core.flat import FlatModel, Layout
 from feddip_lite.core.linear import Linear
-from feddip_lite.core.terms import add_norm_gradient_
+from feddip_lite.core.terms import NormTerm
 from feddip_lite.studies.bound.estimators import (
     Estimates,
     Objective,
@@ -193,7 +193,7 @@ def test_objective_is_the_trained_loss_with_penalty_and_weight_decay():
     model.module.eval()
     data = tiny_data()
     expected = model.kernels.loss_and_gradient(data.train_images / 255, data.train_labels)
-    add_norm_gradient_(model.gradient, weights, model.layout, 0.3)
+    NormTerm(model.layout, 0.3)(model.gradient, weights, weights)
     model.gradient.add_(weights, alpha=0.1)
     norms = sum(slot.of(weights).norm() for slot in model.layout.prunable_slots)
     assert loss.item() == pytest.approx((expected + 0.3 * norms + 0.05 * weights.square().sum()).item(), rel=1e-6)

@@ -22,7 +22,6 @@ from feddip_lite.studies.bound.tables import (
     bound_of,
     checkpoints,
     gamma_of,
-    removed_so_far,
 )
 from feddip_lite.train import run as rounds
 from feddip_lite.train.evaluate import evaluate_state
@@ -206,7 +205,6 @@ def test_the_bound_of_a_record_is_that_of_its_estimates_without_the_first_prunin
     gamma = 2.5 if typical else 3.0
     expected = assemble(rows, [1.0, 2.0, 4.0, 8.0], participants=2, steps=10, gamma=gamma, printed=printed)
     assert bound_of(run, typical=typical, printed=printed) == expected
-    assert list(removed_so_far(run)) == [0, 1, 3, 7, 15]
 
 
 def test_the_theorems_smoothness_is_that_of_its_learning_rate():

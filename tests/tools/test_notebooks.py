@@ -52,10 +52,11 @@ def test_kernel_is_python3_and_no_metadata_hides_a_failure(path):
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
 
 
-def test_its_outputs_are_those_of_its_cells(path):
-    """`make notebooks` was run after the last change of a cell."""
+def test_its_outputs_are_those_of_its_cells_and_of_the_recorded_runs(path):
+    """`make notebooks` was run after the last change of a cell, and after the last recorded run."""
     notebook = nbformat.read(path, as_version=4)
-    assert notebook.metadata.executed == {"cells": notebooks.cells_sha256(notebook)}, "run make notebooks"
+    now = {"cells": notebooks.cells_sha256(notebook), "records": notebooks.records_sha256(ROOT / "results")}
+    assert notebook.metadata.executed == now, "run make notebooks, then make figures"
     code = cells(path, "code")
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert any(cell.outputs for cell in code)

@@ -1,4 +1,4 @@
-"""What recorded paths say of the bound: its terms from a record, and a summary of its constants.
+"""What recorded paths say of the bound: its terms, from a record.
 
 Runs come as `records.names.describe` returns them (`recorded_paths`), with the columns of `path.record_path`.
 "Typical" is said of the bound with the median gamma in place of the largest, which one checkpoint may decide.
@@ -62,8 +62,3 @@ def recorded_paths(folder: Path | None = None) -> pd.DataFrame:
     records = recorded("bound/lite", folder)
     own = own_start(records)
     return own if (own["label"] == "FedDIP").any() else shared_start(records)
-
-
-def removed_so_far(run: pd.DataFrame) -> pd.Series:
-    """The sum of sqrt(delta) ||w|| [W] up to each state after the first, which has 0."""
-    return run["pruning_distance"].where(run["round"] > 0, 0.0).cumsum()
