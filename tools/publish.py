@@ -93,7 +93,7 @@ def accuracies(root: Path) -> Named:
     for (profile, name), runs in comparisons(root).items():
         title = f"Recorded, profile {profile}"
         own = runs[runs["method"].isin(HEADLINE)]
-        yield f"{name}_{profile}_accuracy", curves.accuracy_curves({title: own[own["preset"] != "memory"]})
+        yield f"{name}_{profile}_accuracy", curves.accuracy_curves(own[own["preset"] != "memory"], title)
         if len(comparable(runs)) and not set(runs["method"]) <= set(HEADLINE):
             yield f"{name}_{profile}_methods", curves.accuracy_for_bytes(runs, title)
 

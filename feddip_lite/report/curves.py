@@ -1,20 +1,19 @@
 """Figures of results: accuracy against rounds, and against bytes with all methods side by side.
 
 Results come as `names.describe` returns them. Legends carry n, axis labels carry units, and every figure says on
-itself which data and how many rounds. With three seeds or more a line is their mean with its 95 % Student t interval;
-with fewer, each seed is a thin line of its own; a run that diverged is one too, up to a cross, and enters no mean.
+itself which data and how many rounds. Each seed is a thin line, their mean a thick one from three seeds on; a run that
+diverged is a line up to a cross, and enters no mean.
 Read before: `style.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from seaborn import FacetGrid
 
 from ..records.catalogue import comparable
 from ..records.names import FAMILIES, family_of, labels, splits, told_apart
@@ -27,54 +26,86 @@ BROKEN = ", diverged"
 
 
 @styled
-def accuracy_curves(
-    sources: Mapping[str, pd.DataFrame], x: Sequence[str] = ("round", "mib"), y: str = "accuracy"
-) -> Figure:
-    """Accuracy of the sparse global model, as means of up to ten rows: a column per source and `x`, a row per
-    partition.
+def accuracy_curves(results: pd.DataFrame, title: str = "", y: str = "accuracy", reference: str = "FedAvg") -> Figure:
+    """Accuracy of the sparse global model against rounds, as means of up to ten rows, a column per partition. Below, in
+    a row of its own, what each method has more or less than `reference` has under the same seed in the same round; this
+    row is left out where nothing can be compared.
 
     Args:
-        sources: results by title; the title is shown above the source's panels. Empty ones are left out.
-        x: columns of the results to draw against, of "round" and "mib". y: "accuracy" or "top5_accuracy".
+        title: shown above the panels, before what all runs have in common.
+        y: "accuracy" or "top5_accuracy". reference: a label of the results.
+
+    Raises:
+        ValueError: a label has two runs under one seed ("duplicate").
     """
-    sources = {title: told_apart(results) for title, results in sources.items() if len(results)}
-    everything = pd.concat(sources.values())
-    window = max(1, min(HEADLINE_ROWS, int(everything.groupby("run_id").size().max()) // 5))
-    parts = {
-        (split, f"{name}|{title}"): averaged(own, name, y, window)
-        for title, results in sources.items() for name in x for split, own in results.groupby("split")
-    }  # fmt: skip
-    panels = _panels(parts, everything, y, row_order=splits(everything), sharey="row")
-    for (split, column), panel in panels.axes_dict.items():
-        panel.set_title(f"{column.split('|')[1]}: {split}" if len(sources) > 1 else split, loc="left")
-    settings = [f"{title}: {results['setting'].iloc[0]}" for title, results in sources.items()]
-    style.headed(panels.figure, *settings, *[f"means of {window} evaluated rounds"][: window - 1])
+    results = told_apart(results[results["changed"] != "upload"])  # a masked upload is the same model for fewer bytes
+    window = max(1, min(HEADLINE_ROWS, int(results.groupby("run_id").size().max()) // 5))
+    means = results.groupby("run_id")[y].transform(lambda own: own.rolling(window, min_periods=1).mean().ffill())
+    runs = results[["label", "seed", "run_id", "round", "diverged", "split"]].assign(y=means)
+    whole, broken = runs[runs["diverged"] == ""], runs[runs["diverged"] != ""]
+    above, below = AXES[y], f"minus {reference}'s, same seed"
+    # Above the seeds themselves, below the interval of their differences: it is the one that a comparison has.
+    curves = _seed_lines(whole).drop(columns=["low", "high"]).assign(row=above)
+    compared = _seed_lines(_minus(whole, reference)).assign(row=below)
+    compared = compared[(compared["unit"] == "") | (compared["n"] < 3)]
+    rows = pd.concat([curves, _broken_lines(broken).assign(row=above), compared], ignore_index=True)
+    names, looks = _names(rows, results)
+    rows = rows.assign(x=rows["round"], name=rows["label"].map(names))
+    shown = [row for row in (above, below) if row in set(rows["row"])]
+    panels = style.line_panels(rows, looks, "", row="row", row_order=shown, col="split", col_order=splits(results))
+    for (row, split), panel in panels.axes_dict.items():
+        own = rows[(rows["row"] == row) & (rows["split"] == split)]
+        _zoom(panel, own, *[0] * (row == below))
+        style.round_axis(panel)
+        panel.set(ylabel=row)
+        panel.set_title(split if row == above else "", loc="left")
+        if row == below:
+            panel.axhline(0, color=GREY, linewidth=1, zorder=1)
+    setting = ": ".join(filter(None, [title, results["setting"].iloc[0]]))
+    style.headed(panels.figure, setting, "; ".join(_words(window, rows)))
     return panels.figure
 
 
-def _panels(parts: Mapping[tuple, pd.DataFrame], results: pd.DataFrame, y: str, **by) -> FacetGrid:
-    """The panels of `parts`, (row, column) -> `averaged` rows, with axes and legend. A column is named by its `x`, of
-    `y` zoomed as far as lines reach once a fifth of the run is over."""
-    rows = pd.concat([part.assign(row=row, column=column) for (row, column), part in parts.items()])
-    names, looks = _names(rows, results)
-    rows = rows.assign(name=rows["label"].map(names))
-    down, across = (list(dict.fromkeys(keys)) for keys in zip(*parts, strict=True))
-    by = {"row": "row", "col": "column", "row_order": down, "col_order": across, **by}
-    panels = style.line_panels(rows, looks, "", **by)
-    for (row, column), panel in panels.axes_dict.items():
-        x = column.split("|")[0]
-        panel.set(xlabel=AXES[x], ylabel=AXES[y])
-        if x == "mib":
-            panel.set(xscale="log", xlim=(rows["x"].max() / 40, rows["x"].max() * 1.1))
-            style.log_ticks(panel.xaxis)
-        else:
-            style.round_axis(panel)
-        _zoom(panel, rows[rows["row"] == row])
-    return panels
+def _words(window: int, rows: pd.DataFrame) -> Iterator[str]:
+    """How to read the lines."""
+    if window > 1:
+        yield f"means of {window} evaluated rounds"
+    if rows["n"].max() >= 3:
+        yield "thin: a seed; thick: mean over seeds"
+    if rows["low"].notna().any():
+        yield "band: 95 % interval"
+
+
+def _minus(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """`runs` with `y` minus that of `reference` with the same partition, seed and round; where both have one."""
+    same, own = ["split", "seed", "round"], runs["label"] != reference
+    both = runs[own].merge(runs.loc[~own, [*same, "y"]], on=same, suffixes=("", "_reference"))
+    return both.assign(y=both["y"] - both["y_reference"])
+
+
+def _seed_lines(runs: pd.DataFrame) -> pd.DataFrame:
+    """What `style.lines` draws of `runs`: a line per seed; of three seeds or more their mean too, with its 95 % Student
+    interval. `n` counts a label's seeds."""
+    found = [runs.assign(n=0, unit="", low=np.nan, high=np.nan, ends=False).iloc[:0]]
+    for (split, label), own in runs.groupby(["split", "label"]):
+        table = own.pivot(index="round", columns="seed", values="y")
+        count = table.shape[1]
+        found.append(own.assign(n=count, unit=own["seed"].astype(str), ends=False))
+        if count >= 3:
+            means, halves = np.array([interval(row) for row in table.to_numpy()]).T
+            line = {"round": table.index, "y": means, "low": means - halves, "high": means + halves, "n": count}
+            found.append(pd.DataFrame({**line, "label": label, "split": split, "unit": "", "ends": False}))
+    return pd.concat(found, ignore_index=True)
+
+
+def _broken_lines(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs that diverged: lines of their own, each up to a cross."""
+    last = ~runs.duplicated("run_id", keep="last")
+    return runs.assign(n=0, unit=runs["run_id"], label=runs["label"] + BROKEN, ends=last)
 
 
 def _names(rows: pd.DataFrame, results: pd.DataFrame) -> tuple[dict[str, str], dict[str, dict]]:
-    """(label -> its name in the legend, with n; name -> look) of `averaged` rows."""
+    """(label -> its name in the legend, with n; name -> look) of the rows of lines."""
     names, looks, order = {}, {}, labels(results)
     for label in sorted(rows["label"].unique(), key=lambda label: order.index(label.removesuffix(BROKEN))):
         seeds = set(rows.loc[rows["label"] == label, "n"])
@@ -83,11 +114,15 @@ def _names(rows: pd.DataFrame, results: pd.DataFrame) -> tuple[dict[str, str], d
     return names, looks
 
 
-def _zoom(panel: Axes, rows: pd.DataFrame) -> None:
-    """What broke down stays in sight."""
-    late = rows[(rows["round"] >= rows["round"].max() / 5) | (rows["n"] == 0)]["y"]
-    room = 0.08 * (late.max() - late.min()) or 0.01
-    panel.set_ylim(max(late.min() - room, 0), min(late.max() + room, 1.02))
+def _zoom(panel: Axes, rows: pd.DataFrame, *more: float) -> None:
+    """As far as lines reach once a fifth of the run is over, what broke down, the last intervals, and `more`."""
+    last = rows["round"].max()
+    late = rows.loc[(rows["round"] >= last / 5) | (rows["n"] == 0), "y"]
+    ends = rows.loc[rows["round"] == last, ["low", "high"]].to_numpy().ravel()
+    shown = np.array([*late, *ends, *more])
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    room = 0.08 * (high - low) or 0.01
+    panel.set_ylim(low - room, high + room)
 
 
 @styled
@@ -133,31 +168,6 @@ def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[fl
     if own.groupby("label").size().max() < 3:
         _seed_bar(panel, every[every["split"] == split])
     return points
-
-
-def averaged(results: pd.DataFrame, x: str, y: str, window: int = 1) -> pd.DataFrame:
-    """What `style.lines` draws of `results`, and the `label` and number `n` of seeds of each line; `window` rows
-    together are one mean. ValueError ("duplicate") if a label has two runs under one seed."""
-    if x == "round":  # a masked upload is the same model for fewer bytes
-        results = results[results["changed"] != "upload"]
-    smooth = results.groupby("run_id")[y].transform(lambda own: own.rolling(window, min_periods=1).mean().ffill())
-    runs = results[["label", "seed", "run_id", "round", "diverged"]].assign(x=results[x], y=smooth)
-    found = []
-    for label in labels(runs):
-        own = runs[runs["label"] == label]
-        whole, broken = own[own["diverged"] == ""], own[own["diverged"] != ""]
-        x_of, y_of = (whole.pivot(index="round", columns="seed", values=name) for name in ("x", "y"))
-        count = y_of.shape[1]
-        if count >= 3:
-            half = np.array([interval(row)[1] for row in y_of.to_numpy()])
-            mean = pd.DataFrame({"x": x_of.mean(axis=1), "y": y_of.mean(axis=1)}).reset_index()
-            found.append(mean.assign(label=label, n=count, unit="", low=mean["y"] - half, high=mean["y"] + half))
-        else:
-            found.append(whole.assign(n=count, unit=whole["seed"].astype(str)))
-        found.append(broken.assign(n=0, unit=broken["run_id"], label=label + BROKEN))
-    rows = pd.concat([part for part in found if len(part)] or [runs.assign(n=0, unit="")], ignore_index=True)
-    last = ~rows.duplicated(["label", "unit"], keep="last")
-    return rows.assign(ends=last & (rows["n"] == 0))  # a run that broke down is drawn up to there
 
 
 def _point(panel: Axes, runs: pd.DataFrame, label: str) -> tuple[float, float, str]:

@@ -136,20 +136,24 @@ def lines(data: pd.DataFrame, looks: Mapping[str, Mapping], panel: Axes) -> None
     """Lines with their bands on one panel.
 
     Args:
-        data: a row per point: `x`, `y`, `name`, and where there are any `unit`, which tells the lines of one name
-            apart; `low` and `high`, a band; `ends`, true where a line breaks off and gets a cross.
+        data: a row per point: `x`, `y`, `name`, and where there are any `unit`, which tells the thin lines of one name
+            from each other and from its thick one (""), which alone has markers; `low` and `high`, a band; `ends`,
+            true where a line breaks off and gets a cross.
         looks: name -> color, marker and dashes. Where lines lie on each other, their markers do not.
     """
     names = [name for name in looks if name in set(data["name"])]
     data = data.assign(**{name: value for name, value in _PLAIN.items() if name not in data})
     line = data.groupby(["name", "unit"])["y"]
     every = -(-line.transform("size") // 8)  # about eight markers a line
-    marked = line.cumcount() % every == data["name"].map(names.index) * every // len(names)
+    single = data["unit"] != ""
+    above = ~single | single.groupby(data["name"]).transform("all")
+    marked = above & (line.cumcount() % every == data["name"].map(names.index) * every // len(names))
     palette, markers, dashes = ({name: looks[name][key] for name in names} for key in ("color", "marker", "dashes"))
     same = {"x": "x", "y": "y", "hue": "name", "style": "name", "hue_order": names, "style_order": names}
     same |= {"palette": palette, "legend": False, "ax": panel}
-    single = data["unit"] != ""
-    sns.lineplot(data, **same, dashes=dashes, units="unit", estimator=None, size=single, sizes={False: 1.8, True: 1.0})
+    for thin, drawn in data.groupby(~above):
+        width = {"size": single, "sizes": {False: 1.8, True: 1.0}, "alpha": 0.4 if thin else 1}
+        sns.lineplot(drawn, **same, **width, dashes=dashes, units="unit", estimator=None)
     sns.scatterplot(data[marked], **same, markers=markers, s=32, zorder=3)
     for name, band in data.dropna(subset=["low"]).groupby("name"):
         panel.fill_between(band["x"], band["low"], band["high"], color=looks[name]["color"], alpha=0.15, linewidth=0)

@@ -18,7 +18,7 @@ from feddip_lite.records.names import describe, labels, title_of, told_apart
 from feddip_lite.records.store import headline, load_results
 from feddip_lite.report import diagrams
 from feddip_lite.report.curves import accuracy_curves, accuracy_for_bytes
-from feddip_lite.report.statistics import paired
+from feddip_lite.report.statistics import interval, paired
 from feddip_lite.report.style import look_of, save_figure
 from feddip_lite.report.tables import results_table
 from feddip_lite.train.run import train
@@ -57,7 +57,7 @@ def legend_of(figure):
 
 
 def test_saving_a_figure_twice_gives_the_same_bytes(results, tmp_path):
-    figure, again = (accuracy_curves({"Tiny": only(results, "FedAvg")}) for _ in range(2))
+    figure, again = (accuracy_curves(only(results, "FedAvg")) for _ in range(2))
     for name, drawn in (("first", figure), ("second", figure), ("third", again)):
         save_figure(drawn, "curves", tmp_path / name)
     for suffix in ("png", "svg"):
@@ -71,51 +71,59 @@ def test_saved_figures_hold_neither_date_nor_software(tmp_path):
     assert b"<dc:date>" not in svg and b"Matplotlib v" not in svg
 
 
-def test_an_interval_is_drawn_for_three_seeds_and_never_for_two(results):
-    three = accuracy_curves({"Tiny": only(results, "FedAvg")}, x=["round"]).axes[0]
-    two = accuracy_curves({"Tiny": only(results, "FedAvg", seeds=(0, 1))}, x=["round"]).axes[0]
-    bands = [[part for part in panel.collections if isinstance(part, PolyCollection)] for panel in (three, two)]
-    assert [len(three.lines), len(two.lines)] == [1, 2] and [len(found) for found in bands] == [1, 0]
+def bands(panel):
+    return [part for part in panel.collections if isinstance(part, PolyCollection)]
+
+
+def test_every_seed_is_a_line_and_from_three_on_their_mean_is_one_too(results):
+    three, two = (accuracy_curves(only(results, "FedAvg", seeds=seeds)).axes[0] for seeds in ((0, 1, 2), (0, 1)))
+    values = only(results, "FedAvg").pivot(index="round", columns="seed", values="accuracy")
+    assert [len(two.lines), len(three.lines)] == [2, 4]
+    thick, *thin = sorted(three.lines, key=lambda line: -line.get_linewidth())
+    np.testing.assert_allclose(thick.get_ydata(), values.mean(axis=1))
+    np.testing.assert_array_equal([line.get_ydata() for line in thin], values.T)
+
+
+def test_differences_to_the_reference_are_paired_by_seed_and_have_an_interval_from_three_seeds_on(results):
+    def below(seeds):
+        figure = accuracy_curves(only(results, "FedAvg", "FedDIP", seeds=seeds))
+        assert [axes.get_ylabel() for axes in figure.axes] == ["test accuracy", "minus FedAvg's, same seed"]
+        return figure.axes[1]
+
+    runs = only(results, "FedAvg", "FedDIP")
+    own, other = (
+        runs[runs["label"] == name].pivot(index="round", columns="seed", values="accuracy")
+        for name in ("FedDIP", "FedAvg")
+    )
+    difference = own - other
+    zero = below((0, 1, 2)).lines[-1]
+    assert set(zero.get_ydata()) == {0}
+    np.testing.assert_allclose(below((0, 1, 2)).lines[0].get_ydata(), difference.mean(axis=1), atol=1e-15)
+    np.testing.assert_allclose([line.get_ydata() for line in below((0, 1)).lines[:2]], difference[[0, 1]].T, atol=1e-15)
+    assert [len(bands(below(seeds))) for seeds in ((0, 1, 2), (0, 1))] == [1, 0]
+    (band,) = bands(below((0, 1, 2)))
+    heights = band.get_paths()[0].vertices[:, 1]
+    mean, half = interval(difference.iloc[-1])
+    assert mean - half in heights and mean + half in heights
 
 
 def test_legends_carry_n_and_titles_carry_data_and_rounds(results):
-    figure = accuracy_curves({"Tiny": only(results, "FedAvg", "FedDIP")})
+    figure = accuracy_curves(only(results, "FedAvg", "FedDIP"), "Tiny")
     assert legend_of(figure) == ["FedAvg (n = 3)", "FedDIP (n = 3)"]
-    assert "digits, LeNet-5, T = 2 rounds" in figure.get_suptitle()
-
-
-def test_curves_against_bytes_end_at_the_total_of_the_run(results):
-    run = only(results, "FedDIP", seeds=(0,))
-    line = accuracy_curves({"Tiny": run}, x=["mib"]).axes[0].lines[0]
-    assert line.get_xdata()[-1] * 2**20 == pytest.approx((run["up_bytes"] + run["down_bytes"]).sum())
-    assert line.get_ydata()[-1] == run["accuracy"].iloc[-1]
-
-
-def test_each_seed_is_drawn_against_its_own_bytes(results):
-    runs = only(results, "FedAvg", seeds=(0, 1))
-    runs = runs.assign(mib=runs["mib"].where(runs["seed"] == 0, 3 * runs["mib"]))
-    lines = accuracy_curves({"Tiny": runs}, x=["mib"]).axes[0].lines
-    totals = runs.groupby("seed")["mib"].max().tolist()
-    assert [line.get_xdata()[-1] for line in lines] == totals and totals[1] == pytest.approx(3 * totals[0])
-
-
-def test_each_source_has_columns_of_its_own(results):
-    iid = only(results, "FedAvg")
-    figure = accuracy_curves({"Fresh": iid, "Recorded": iid, "Empty": iid.iloc[:0]}, x=["round"])
-    assert [axes.get_title("left") for axes in figure.axes] == ["Fresh: IID", "Recorded: IID"]
+    assert figure.get_suptitle().startswith("Tiny: digits, LeNet-5, T = 2 rounds")
 
 
 def test_what_has_no_value_has_no_panel(results):
-    both = results[results["label"] == "FedDIP"]
-    figure = accuracy_curves({"Fresh": only(results, "FedDIP"), "Recorded": both}, x=["round"])
-    assert [axes.get_visible() for axes in figure.axes] == [True, True, False, True]
-    assert [axes.get_title("left") for axes in figure.axes][::3] == ["Fresh: IID", "Recorded: 2 classes per client"]
+    figure = accuracy_curves(results[results["label"] == "FedDIP"])
+    assert [axes.get_title("left") for axes in figure.axes] == ["IID", "2 classes per client"]
+    figure = accuracy_curves(results[results["label"].isin(["FedDIP", "FedAvg"])])  # FedAvg ran on one of them
+    assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
 
 
 def test_lines_are_the_means_of_up_to_ten_rows_and_their_axis_is_where_they_live(results):
     run, rounds = only(results, "FedAvg", seeds=(0,)).iloc[:1], 60
     rising = pd.concat([run.assign(round=t, accuracy=0.9 - 0.8 * 0.9**t) for t in range(rounds)])
-    panel = accuracy_curves({"Tiny": rising}, x=["round"]).axes[0]
+    panel = accuracy_curves(rising).axes[0]
     smooth = rising["accuracy"].rolling(10, min_periods=1).mean()
     np.testing.assert_allclose(panel.lines[0].get_ydata(), smooth)
     low, high = panel.get_ylim()
@@ -125,9 +133,7 @@ def test_lines_are_the_means_of_up_to_ten_rows_and_their_axis_is_where_they_live
 
 def test_lines_on_each_other_have_their_markers_apart(results):
     runs = only(results, "FedAvg", "FedDIP", seeds=(0,)).drop_duplicates("run_id")
-    panel = accuracy_curves({"": pd.concat([runs.assign(round=t, accuracy=0.5) for t in range(40)])}, x=["round"]).axes[
-        0
-    ]
+    panel = accuracy_curves(pd.concat([runs.assign(round=t, accuracy=0.5) for t in range(40)])).axes[0]
     one, other = panel.lines
     assert one.get_color() != other.get_color()
     assert np.array_equal(one.get_xydata(), other.get_xydata())
@@ -189,7 +195,7 @@ def test_runs_of_a_method_that_is_not_registered_are_named_and_drawn(folder):
     records = load_results(folder / "lite")
     runs = describe(records.assign(method=records["method"].replace("fedavg", "elsewhere")))
     assert labels(runs)[-1] == "elsewhere" and "FedAvg" not in labels(runs)
-    assert "elsewhere (n = 3)" in legend_of(accuracy_curves({"Tiny": runs[runs["split"] == "IID"]}))
+    assert "elsewhere (n = 3)" in legend_of(accuracy_curves(runs[runs["split"] == "IID"]))
 
 
 def test_drawing_leaves_the_style_of_matplotlib_alone():
@@ -260,21 +266,21 @@ def test_two_runs_of_one_method_and_seed_are_never_averaged(results):
         paired(twice, "FedDIP", "FedAvg")
     both = pd.concat([only(results, "FedAvg"), only(results, "FedAvg").assign(run_id="x")])
     with pytest.raises(ValueError, match="duplicate"):
-        accuracy_curves({"Tiny": both})
+        accuracy_curves(both)
 
 
 def test_settings_that_differ_between_runs_are_said_in_labels_and_only_what_all_share_in_the_title(results):
     usual, other = only(results, "FedAvg"), only(results, "FedDIP")
     faster = describe(other.drop(columns=["label", "split", "setting", "changed", "mib"]).assign(initial_lr=0.2))
     mixed = pd.concat([usual, faster])
-    figure = accuracy_curves({"Tiny": mixed}, x=["round"])
+    figure = accuracy_curves(mixed)
     usual_lr = usual["initial_lr"].iloc[0]
     name = "FedDIP (initial lr 0.2)"
     assert f"{name} (n = 3)" in legend_of(figure)
     assert "initial lr" not in figure.get_suptitle()
     assert name in results_table(mixed)["method (preset)"].tolist()
     twice = pd.concat([other, faster.assign(run_id=faster["run_id"] + "x")])
-    lines = accuracy_curves({"two rates of one method": twice}, x=["round"])
+    lines = accuracy_curves(twice)
     assert len(legend_of(lines)) == 2 and f"{name} (n = 3)" in legend_of(lines)
     assert usual_lr != 0.2
     alike = told_apart(usual)

@@ -69,7 +69,7 @@ from feddip_lite.report.tables import results_table
 for method in ("fedavg", "oneshot"):
     run(Config(method=method, rounds=6, clients=10, batch_size=16), results_dir="results", progress=False)
 runs = describe(load_results("results"))
-figure = accuracy_curves({"": runs})
+figure = accuracy_curves(runs)
 assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FedAvg (n = 1)", "One Shot (n = 1)"]
 assert {text.get_text() for text in accuracy_for_bytes(runs, "").axes[0].texts} == {"FedAvg", "One Shot"}
 print(results_table(runs)["method (preset)"].tolist())
