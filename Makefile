@@ -9,6 +9,7 @@ CONSTRAINTS ?= constraints.txt
 PY        := .venv/bin/python
 READY     := .venv/.ready
 FLOWER    := .venv/.flower
+ENCRYPTED := .venv/.encrypted
 INSTALL   := $(PY) -m uv pip install --python $(PY) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
              $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
@@ -108,6 +109,6 @@ $(READY): pyproject.toml $(wildcard constraints.txt)
 	$(INSTALL) -e ".[dev]"
 	@touch $@
 
-$(FLOWER): $(READY)
-	$(INSTALL) -e ".[dev,flower]"
+$(FLOWER) $(ENCRYPTED): .venv/.%: $(READY)
+	$(INSTALL) -e ".[dev,$*]"
 	@touch $@

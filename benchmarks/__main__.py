@@ -12,7 +12,7 @@ from pathlib import Path
 
 from feddip_lite.records.store import plain
 
-NAMES = ("engine", "growth", "masks", "codecs", "cost", "flower")
+NAMES = ("engine", "growth", "precision", "masks", "codecs", "cost", "encrypted", "flower")
 
 
 def main(arguments: list[str] | None = None) -> None:

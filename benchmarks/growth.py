@@ -20,7 +20,7 @@ from feddip_lite.train.round import run_round
 from feddip_lite.train.run import running
 from feddip_lite.train.setup import prepare
 
-MEMORY = [{"clients": clients} for clients in (10, 50, 500, 5000)]
+MEMORY = [{"clients": clients} for clients in (10, 50, 500, 5000, 20_000, 60_000)]
 TIME = [{"clients_per_round": clients} for clients in (5, 10, 20)] + [{"local_epochs": n} for n in (1, 2, 10)]
 
 

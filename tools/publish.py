@@ -27,7 +27,7 @@ from feddip_lite.report import curves, diagrams
 from feddip_lite.report.statistics import interval, paired
 from feddip_lite.report.style import grid, headed, name_points, save_figure, style
 from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
-from feddip_lite.studies import chosen, equal_bytes, ingredients, second_order, sparsity_sweep, start
+from feddip_lite.studies import chosen, encrypted, equal_bytes, ingredients, second_order, sparsity_sweep, start
 from feddip_lite.studies.claims import RULE, claims_table
 from feddip_lite.studies.cost import figures as cost_figures
 from feddip_lite.studies.cost import tables as cost_tables
@@ -114,6 +114,13 @@ def cost(root: Path) -> Named:
         yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
 
 
+def encryption(root: Path) -> Named:
+    """What a round costs under encryption, by how much is kept."""
+    rows = encrypted.read_encrypted(root / "benchmarks")
+    if len(rows):
+        yield "encryption", encrypted.by_kept(rows, "One round of 5 clients under CKKS, on one core")
+
+
 def findings(root: Path) -> Named:
     """The questions of docs/findings.md, each as soon as what it compares is recorded."""
     records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist")
@@ -137,7 +144,7 @@ def findings(root: Path) -> Named:
         yield "equal_bytes", equal_bytes.for_equal_bytes(forms, f"{title}: dense models for FedDIP's bytes")
 
 
-PARTS = (workflow, first_look, accuracies, extreme, cost, findings)
+PARTS = (workflow, first_look, accuracies, extreme, cost, encryption, findings)
 
 
 # ---- README and docs
@@ -153,6 +160,7 @@ def generated_parts(root: Path) -> dict[tuple[str, str], str]:
         ("docs/results.md", "results"): results_part(root),
         ("docs/claims.md", "claims"): claims_part(root),
         ("docs/cost.md", "cost"): cost_part(root),
+        ("docs/bytes.md", "encryption"): encryption_part(root),
         ("docs/speed.md", "benchmark"): benchmark_part(root),
         **{("docs/findings.md", f"question-{number}"): text for number, text in questions(root).items()},
     }
@@ -313,6 +321,27 @@ def cost_part(root: Path) -> str:
     sizes = cost_tables.models_table(record["models"][record["models"]["target"] == 0.9])
     said = cost_tables.reading(record["clients"], record["times"])
     return "\n\n".join([markdown(sizes), said, cost_tables.circumstances(record)])
+
+
+def encryption_part(root: Path) -> str:
+    """Bytes and seconds of a round under encryption, means over repetitions, and how far the mean is from the plain."""
+    rows = encrypted.read_encrypted(root / "benchmarks")
+    if not len(rows):
+        return NOTHING
+    means = rows.groupby(["split", "label"], sort=False).mean(numeric_only=True)
+    dense = means.xs("dense", level="label")
+    table = pd.DataFrame(
+        {
+            "model, sent": [f"{model}, {label}" for model, label in means.index],
+            "numbers": [f"{count:.0f}" for count in means["numbers"]],
+            "message, MiB": [f"{sent / 2**20:.2f}" for sent in means["up_bytes"]],
+            "times the plain": [f"{each:.0f}" for each in means["up_bytes"] / means["plain_bytes"]],
+            **{f"{words}, s": [f"{each:.3f}" for each in means[name]] for name, words in encrypted.STAGES.items()},
+            "all three, dense = 1": [f"{each:.3f}" for each in means["latency_s"] / dense["latency_s"]],
+        }
+    )
+    error = f"The mean differs from the plain one by at most {rows['error'].max():.0e}."
+    return f"{markdown(table)}\n\n{error}"
 
 
 # ---- what benchmarks/ says of speed

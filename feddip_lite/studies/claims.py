@@ -17,6 +17,7 @@ from ..studies import merging
 from .chosen import WORDS as CHOSEN
 from .chosen import chosen
 from .cost.tables import judged_clients
+from .encrypted import read_encrypted
 from .equal_bytes import equal_bytes
 from .ingredients import by_sparsity
 from .layers import across_seeds
@@ -89,6 +90,7 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], p
     found["second_order"] = found["by_sparsity"][0], read_second_order(folder)
     found["merging"] = (_briefly(merged) if len(merged) else "", merging.per_run(merged))
     found["cost_cpu"] = ("one client's training", judged_clients(folder.parent / "benchmarks"))
+    found["encrypted_cpu"] = ("one round, 5 clients, CKKS", read_encrypted(folder.parent / "benchmarks"))
     return found
 
 
@@ -155,6 +157,7 @@ def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | li
 def in_words(measure: dict, good: dict) -> str:
     """A measure and its threshold, as a reader would say them."""
     words = {"mib": "total bytes", "peak_mib": "peak memory in training", "seconds": "seconds of local training"}
+    words["latency_s"] = "seconds to encrypt, add and decrypt"
     column = words.get(measure["column"], measure["column"].replace("_", " "))
     of, to = " or ".join(measure["of"]), measure.get("to", [])
     other = to[0] if len(to) == 1 else f"the best of {', '.join(to)}"
