@@ -9,7 +9,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from posixpath import normpath
+from posixpath import normpath, relpath
 
 import nbformat
 from jinja2 import DictLoader, pass_context
@@ -119,7 +119,7 @@ def write_report(out: Path, sources: Path, profile: str, errors: dict[str, str])
         copy.with_suffix(".html").write_text(linked(page, sources.resolve(), pages, out, root), encoding="utf-8")
         rows.append(index_row(copy.stem, notebook, errors.get(copy.stem)))
     for path in documents:
-        body = '<p><a href="index.html">All notebooks</a></p>' + rendered(path.read_text(), path.parent)
+        body = '<p><a href="index.html">All notebooks</a></p>' + rendered(with_images_from(root, path), root)
         page = PLAIN.format(title=path.stem, style=STYLE, body=linked(body, path.parent, pages, out, root))
         (out / pages[path]).write_text(page, encoding="utf-8")
     where = f"feddip_lite {doctor.version('feddip-lite')} ({(provenance.commit() or 'no commit')[:12]}), "
@@ -131,6 +131,15 @@ def write_report(out: Path, sources: Path, profile: str, errors: dict[str, str])
     index = out / "index.html"
     index.write_text(PLAIN.format(title=f"feddip_lite: {profile}", style=STYLE, body=body), encoding="utf-8")
     return index
+
+
+def with_images_from(root: Path, path: Path) -> str:
+    """A page's Markdown, its images named from `root` on: nbconvert embeds none that lies outside its own folder."""
+
+    def renamed(match: re.Match) -> str:
+        return f"{match[1]}({relpath(path.parent / match[2], root)})"
+
+    return re.sub(r"(!\[[^\]]*\])\(([^):]+)\)", renamed, path.read_text(encoding="utf-8"))
 
 
 def page_name(path: Path, root: Path) -> str:

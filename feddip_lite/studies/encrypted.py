@@ -78,12 +78,22 @@ def encrypted_mean(vectors: Sequence[np.ndarray], sizes: Sequence[int]) -> tuple
 
 def read_encrypted(folder: Path) -> pd.DataFrame:
     """The rows of the record in the folder `benchmarks`, none without one: a row per model (`split`), share of kept
-    weights (`label`) and repetition (`seed`), with what `encrypted_mean` returns, `seconds` of all three stages, and
-    `error`, the largest difference to the plain mean."""
+    weights (`label`) and repetition (`seed`), with what `encrypted_mean` returns, `latency_s` of its three stages
+    together, and `error`, the largest difference to the plain mean."""
     path = folder / RECORD
-    if not path.exists():
-        return pd.DataFrame(columns=["split", "label", "seed"])
-    rows = pd.DataFrame(json.loads(path.read_text())["rows"])
+    known = [
+        "split",
+        "label",
+        "seed",
+        "numbers",
+        "plain_bytes",
+        *STAGES,
+        "up_bytes",
+        "down_bytes",
+        "key_bytes",
+        "error",
+    ]
+    rows = pd.DataFrame(json.loads(path.read_text())["rows"] if path.exists() else [], columns=known)
     return rows.assign(latency_s=rows[[*STAGES]].sum(axis=1))
 
 

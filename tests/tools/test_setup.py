@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -234,7 +235,12 @@ def report(tmp_path):
         (tmp_path / "README.md").write_text(
             "# Read\n\n[docs](docs/laws.md#two) [00](notebooks/00_sum.ipynb) [b](build/)"
         )
-        (tmp_path / "docs" / "laws.md").write_text("[rules](../rules.yaml) [gone](../gone.md) [web](https://a.org)")
+        images = "![a dot](dot.png) ![another](../dot.png) ![of the web](https://a.org/dot.png)"
+        (tmp_path / "docs" / "laws.md").write_text(
+            f"[rules](../rules.yaml) [gone](../gone.md) [web](https://a.org) {images}"
+        )
+        for folder_of_dot in (tmp_path, tmp_path / "docs"):
+            Image.new("RGB", (1, 1)).save(folder_of_dot / "dot.png")
         tool("report").write_report(out, folder, "quick", {})
         return out
 
@@ -257,6 +263,12 @@ def test_all_links_of_the_report_resolve_in_it(report):
     for page in out.glob("*.html"):
         for link in re.findall(r'<a href="([^"]*)"', page.read_text()):
             assert link.startswith(("https://", "#")) or (out / link.partition("#")[0]).exists(), (page.name, link)
+
+
+def test_images_of_pages_lie_in_them(report):
+    page = (report() / "docs_laws.html").read_text()
+    sources = re.findall(r'<img src="([^"]*)"', page)
+    assert [source.startswith("data:image/png;base64,") for source in sources] == [True, True, False]
 
 
 def test_the_index_has_the_answers_and_folded_parts_stay_folded(report):
