@@ -98,6 +98,7 @@ class Config:
     up_feedback: str = setting(
         "none", one_of("none", "ef", "ef21"), "what a client remembers of what was lost on the way up"
     )
+    mask_cache: bool = setting(False, flag(), "tell masks over those that clients hold, instead of whole")
     precision: str = setting("float32", one_of("float32", "tf32", "bf16"), "arithmetic of training")
     on_client_failure: str = setting("abort", one_of("abort", "skip"), "when a client fails: stop, or merge the rest")
     client_timeout: float | None = setting(None, real("(0, inf)"), "seconds a client may train", none="no limit")

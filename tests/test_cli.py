@@ -92,6 +92,7 @@ WRONG = [
     (["--up=topk:0"], "up: 'topk:0'", "topk:SHARE in (0, 1]"),
     (["--up=8"], "up: 8", "qsgd:BITS:BLOCK"),
     (["--up-pruned=ternary:0"], "up_pruned: 'ternary:0'", "or none (that of up)"),
+    (["--mask-cache=maybe"], "mask_cache: 'maybe'", "true or false"),
     (["--up-feedback=ef22"], "up_feedback: 'ef22'", "one of none, ef, ef21"),
     (["--up-feedback=ef"], "up_feedback: 'ef'", "with up = 'fp32'; expected none"),
     (["--up-feedback=ef", "--up=qsgd:2"], "up_feedback: 'ef'", "expected none, more bits, or smaller blocks"),

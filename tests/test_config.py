@@ -17,6 +17,7 @@ DESIGN = {
     "target_sparsity": 0.9, "mask_interval": None, "penalty_max": None, "penalty_steps": 20, "partition": "iid",
     "classes_per_client": 2, "classes_dealt": "drawn", "alpha": 0.5, "validation": 0.0, "seed": 0, "preset": "paper",
     "method_options": {}, "final_prune": False, "down": "fp32", "up": "fp32", "up_pruned": None, "up_feedback": "none",
+    "mask_cache": False,
     "eval_every": 1, "precision": "float32", "on_client_failure": "abort", "client_timeout": None,
     "device": "auto", "workers": "auto",
 }  # fmt: skip
@@ -30,7 +31,7 @@ OTHER = {
     "mask_interval": 4, "penalty_max": 2e-3, "penalty_steps": 19, "partition": "dirichlet", "classes_per_client": 3,
     "classes_dealt": "in_order", "alpha": 0.4, "validation": 0.1, "seed": 1, "preset": "repo",
     "method_options": {"upload": "masked"}, "final_prune": True, "down": "fp16", "up": "qsgd:8:512",
-    "up_pruned": "ternary:512", "up_feedback": "ef",
+    "up_pruned": "ternary:512", "up_feedback": "ef", "mask_cache": True,
     "eval_every": 2, "precision": "bf16", "on_client_failure": "skip", "client_timeout": 1.0,
     "device": "cpu", "workers": 2,
 }  # fmt: skip

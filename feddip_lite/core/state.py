@@ -23,6 +23,7 @@ class ServerState:
         memory: the method's own named tensors.
         memories: the clients' own, by client id; of a client that is elsewhere, what tells which memory it holds.
         estimates: what the server believes of each client's change, (n,) by client id, under the feedback "ef21".
+        held: the mask that each client holds, packed, by client id, under `mask_cache`.
     """
 
     round: int
@@ -32,3 +33,4 @@ class ServerState:
     memory: Memory = field(default_factory=dict)
     memories: Mapping[int, Memory] = field(default_factory=dict)
     estimates: Mapping[int, Tensor] = field(default_factory=dict)
+    held: Mapping[int, Tensor] = field(default_factory=dict)

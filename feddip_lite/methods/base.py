@@ -74,8 +74,8 @@ class Method:
         layout: of the model; all flat vectors refer to it.
         rounds, seed: of the run; every draw a method makes is addressed by (seed, purpose, round, client).
         context: for methods that need more of the run.
-        down, up, up_pruned, up_feedback: how values travel (`train/transport.py`); no hook needs to know. FedPAQ is
-            `FedAvg(..., up=QSGD(8))`, Fed-EF `FedAvg(..., up=TopK(0.01), up_feedback="ef")`.
+        down, up, up_pruned, up_feedback, mask_cache: how values and masks travel (`train/transport.py`); no hook needs
+            to know. FedPAQ is `FedAvg(..., up=QSGD(8))`, Fed-EF `FedAvg(..., up=TopK(0.01), up_feedback="ef")`.
     """
 
     layout: Layout
@@ -86,6 +86,7 @@ class Method:
     up: Codec = field(default=Fp32(), kw_only=True)
     up_pruned: Codec | None = field(default=None, kw_only=True)
     up_feedback: str = field(default="none", kw_only=True)
+    mask_cache: bool = field(default=False, kw_only=True)
 
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {}}
     about: ClassVar[About] = About(title="Method")

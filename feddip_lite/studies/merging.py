@@ -38,9 +38,11 @@ class Merging(Trajectory):
     def round_columns(self, run: Run, record: RoundRecord) -> dict[str, float]:
         exchange, state, t = record.exchange, record.exchange.before, record.round
         layout, device = run.method.layout, state.weights.device
-        offers = {client: received(run.method, exchange.offers[client], device) for client in exchange.results}
-        memories = {client: methods_part(state.memories.get(client, EMPTY)) for client in offers}
-        plans = [run.method.plan(offer, memories[client], t) for client, offer in offers.items()]
+        memories = {client: state.memories.get(client, EMPTY) for client in exchange.results}
+        offers = {
+            client: received(run.method, exchange.offers[client], device, memory) for client, memory in memories.items()
+        }
+        plans = [run.method.plan(offer, methods_part(memories[client]), t) for client, offer in offers.items()]
         trained = list(exchange.results.values())
         full = torch.ones_like(state.mask)
 

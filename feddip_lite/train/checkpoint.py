@@ -71,6 +71,7 @@ def save_checkpoint(path: Path, progress: Progress, config: Config, origin: Mapp
         "memory": dict(state.memory),
         "memories": {client: dict(memory) for client, memory in state.memories.items()},
         "estimates": dict(state.estimates),
+        "held": dict(state.held),
         "masks": {"row_mask": progress.row_mask, "pruned": progress.pruned},
         "rest": json.dumps({name: getattr(progress, name) for name in _REST}),
     }
@@ -104,7 +105,8 @@ def load_checkpoint(path: Path, config: Config, device: torch.device, clients: C
         there = _settings(config_of({"config": json.loads(content["config"])}))  # younger settings had their default
         here = _settings(asdict(config.resolved()))
         memories = {name: content[name] for name in ("memory", "memories")}
-        state = ServerState(**content["state"], **memories, estimates=content.get("estimates", {}))  # older ones: none
+        younger = {name: content.get(name, {}) for name in ("estimates", "held")}  # older checkpoints have none
+        state = ServerState(**content["state"], **memories, **younger)
         progress = Progress(state, **content["masks"], **json.loads(content["rest"]))
     except Exception as error:  # whole, but not ours; torch and pickle raise many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -74,7 +74,11 @@ def facts_of(run: Run) -> dict:
             **{name: sha256_of({name: getattr(state, name)}) for name in ("weights", "buffers", "mask")},
             "memory": sha256_of(state.memory),
             "clients": {client: clients.digest(memory) for client, memory in sorted(state.memories.items())},
-            **({"estimates": _sha256_by_client(state.estimates)} if state.estimates else {}),
+            **{
+                name: _sha256_by_client(known)
+                for name, known in {"estimates": state.estimates, "held": state.held}.items()
+                if known
+            },
         },
         wall_seconds=run.progress.wall_seconds,
     )

@@ -27,6 +27,7 @@ from ..data.datasets import Dataset
 from ..methods.base import Method, samples_of
 from .client import local_update, see_test_images
 from .failures import collect
+from .mask_cache import held_part, packed
 from .transport import answered, is_coded, methods_part, received, sent
 from .workers import Workers
 
@@ -111,16 +112,22 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     """
     t = state.round
     offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
-    travelling = {client: sent(method, offer, t, client) for client, offer in offers.items()}
+    travelling = {client: sent(method, offer, t, client, state.held.get(client)) for client, offer in offers.items()}
     jobs = clients.deliver(method, travelling, state, config)  # each: plan -> local update -> reply, `train_client`
     found = collect(jobs, clients.workers, method, offers, state, config)
     merged = method.merge(state, found.replies, t)
     if config.final_prune and t == config.rounds - 1:
         merged = pruned_to(merged, config.target_sparsity)
     memories, estimates = {**state.memories, **found.memories}, {**state.estimates, **found.estimates}
-    new = replace(merged, memories=memories, estimates=estimates)
+    held = held_by(method, {client: offers[client].mask for client in found.replies})
+    new = replace(merged, memories=memories, estimates=estimates, held={**state.held, **held})
     exchange = Exchange(state, travelling, found.answers, found.results)
     return new, record_of(new, exchange, found.skipped, method, config)
+
+
+def held_by(method: Method, masks: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
+    """What clients hold whose replies were merged under these masks: nothing new without a `mask_cache`."""
+    return {client: packed(mask) for client, mask in masks.items() if method.mask_cache and mask is not None}
 
 
 def pruned_to(state: ServerState, sparsity: float) -> ServerState:
@@ -147,7 +154,7 @@ def train_client(
     Nothing is checked here: on a GPU that would wait for the device. The caller does, with `failures.collect`. Only
     what is coded has to be finite, and is waited for anyway.
     """
-    offer, own = received(method, offer, model.weights.device), methods_part(memory)
+    offer, own = received(method, offer, model.weights.device, memory), methods_part(memory)
     plan, result = done.result().get(client, (None, None)) if done else (None, None)
     if result is None:
         plan = method.plan(offer, own, t)
@@ -155,6 +162,8 @@ def train_client(
     if plan.test_leak:
         result = see_test_images(model, plan, result, clients.data, clients.test[client], config)
     reply, own = method.reply(result, own, t)
+    if method.mask_cache:
+        own = {**own, **held_part(memory, offer.mask)}
     if not is_coded(method):
         return reply, own, result
     result.check()
@@ -174,7 +183,7 @@ def train_together(
     plans = {}
     for client, offer in offers.items():
         with suppress(Exception):  # it fails again when it is the client's turn, and is told of there
-            arrived = received(method, offer, model.weights.device)
+            arrived = received(method, offer, model.weights.device, memories[client])
             plans[client] = method.plan(arrived, methods_part(memories[client]), t)
     results = clients.together(plans, clients.data, clients.train, t)
     return {client: (plans[client], result) for client, result in results.items()}

@@ -239,6 +239,7 @@ def build_method(config: Config, layout: Layout, context: Context | None = None)
         seed=config.seed,
         context=context,
         up_feedback=config.up_feedback,
+        mask_cache=config.mask_cache,
         **codecs,
         **values,
     )

@@ -6,9 +6,10 @@
 
 What goes up is the difference to what came down: it is small, so that a code of few bits loses little of it, and the
 server adds it to its own float32 values, so that what was lost on the way down never enters its master. A weight that
-did not travel down counts as 0, at both ends. Only values are coded: masks, statistics and scores travel as ever, and
-so do replies without values. Coded values are extras of the message, called by part and codec ("values qsgd:8:512"); so
-`encode`, `num_bytes` and the network know nothing of codecs, and a message says what is in it.
+did not travel down counts as 0, at both ends. Only values are coded: statistics and scores travel as ever, masks too
+but for `mask_cache.py`, and so do replies without values. Coded values are extras of the message, called by part and
+codec ("values qsgd:8:512"); so `encode`, `num_bytes` and the network know nothing of codecs, and a message says what
+is in it.
 
     ef     p = w_n - v' + e;  sends C(p);  e <- p - C(p)                    e (n,), the client's
     ef21   p = w_n - v' - g;  sends C(p);  g <- g + C(p), which stands for w_n - v'     g (n,), kept at both ends
@@ -32,8 +33,9 @@ from ..core.errors import Diverged
 from ..core.flat import kept_indices
 from ..core.message import Message
 from ..core.seeds import numpy_generator
-from ..core.state import Memory
+from ..core.state import EMPTY, Memory
 from ..methods.base import Method
+from .mask_cache import HELD, told, whole
 
 DOWN, UP = 0, 1  # the last number of the address of what is drawn
 FEEDBACK = "codec feedback"  # e or g in a client's memory, beside what the method keeps there
@@ -47,24 +49,27 @@ def is_coded(method: Method) -> bool:
     return not all(isinstance(codec, Fp32) for codec in codecs)
 
 
-def sent(method: Method, offer: Message, t: int, client: int) -> Message:
-    """The form in which an offer goes down.
+def sent(method: Method, offer: Message, t: int, client: int, held: Tensor | None = None) -> Message:
+    """The form in which an offer goes down. `held`: the mask that the client holds, if the method has a `mask_cache`.
 
     Raises:
         Diverged: its values are not finite.
     """
+    offer = told(offer, held)
     if offer.values is None or isinstance(method.down, Fp32):
         return offer
     draw = numpy_generator(method.seed, "codec", t, client, DOWN)
     return _with(offer, {_VALUES: (method.down, offer.values)}, draw)
 
 
-def received(method: Method, message: Message, device: torch.device) -> Message:
-    """An offer as a client reads it: with the values that arrived, on `device`.
+def received(method: Method, message: Message, device: torch.device, memory: Memory = EMPTY) -> Message:
+    """An offer as a client with this memory reads it: with the values that arrived, on `device`.
 
     Raises:
-        ValueError: its code is not one of `method.down`, or damaged.
+        ValueError: its code is not one of `method.down`, or damaged; or its mask is told over one that the client does
+            not hold.
     """
+    message = whole(message, memory, method.layout.prunable, device)
     if isinstance(method.down, Fp32):
         return message
     found, rest = _read(message, {_VALUES: method.down}, method.layout.size, device, "the offer")
@@ -80,7 +85,7 @@ def answered(
         Diverged: its values are not finite.
     """
     if not is_coded(method) or not isinstance(reply, Message) or reply.values is None:
-        return reply, own_part(memory)
+        return reply, feedback_part(memory)
     places = method.places(reply, offer.mask)
     change, kept = reply.values - _spread(method, offer)[places], memory.get(FEEDBACK)
     if method.up_feedback != "none":
@@ -120,14 +125,15 @@ def taken(method: Method, message: Message, offer: Message, estimate: Tensor | N
     return replace(reply, values=values), estimate
 
 
-def own_part(memory: Memory) -> Memory:
+def feedback_part(memory: Memory) -> Memory:
     """What of a client's memory is the codec's."""
     return {FEEDBACK: memory[FEEDBACK]} if FEEDBACK in memory else {}
 
 
 def methods_part(memory: Memory) -> Memory:
     """What of a client's memory is the method's."""
-    return {name: tensor for name, tensor in memory.items() if name != FEEDBACK} if FEEDBACK in memory else memory
+    ours = {FEEDBACK, HELD} & set(memory)
+    return {name: tensor for name, tensor in memory.items() if name not in ours} if ours else memory
 
 
 def _spread(method: Method, offer: Message) -> Tensor:

@@ -69,6 +69,12 @@ CODED = {
     "X4": {"method_options": {"upload": "masked", "mask_source": "masked_average"}, "up": Q, "down": Q},
     "X4t": {"preset": "memory", "up": Q, "up_pruned": "ternary:512", "down": Q},
     "Fed-EF": {"method": "fedavg", "up": "topk:0.01", "up_feedback": "ef"},
+    "X6": {
+        "method_options": {"upload": "masked", "mask_source": "masked_average"},
+        "up": Q,
+        "down": Q,
+        "mask_cache": True,
+    },
     "EF21": {**FEDDST, "up": "sign", "down": "fp16", "up_feedback": "ef21"},
 }
 
@@ -79,9 +85,9 @@ def test_coded_values_are_the_same_bytes_and_bits_as_in_one_process(name, tmp_pa
     (expected, records), (found, found_records) = finished(config, here), finished(config, over(grid))
     assert same(expected.state, found.state) and repr(found_records) == repr(records)
     assert grid.bytes == {"up": found.up_bytes, "down": found.down_bytes}
-    assert sha256_of({str(k): v for k, v in expected.state.estimates.items()}) == sha256_of(
-        {str(k): v for k, v in found.state.estimates.items()}
-    )
+    for name in ("estimates", "held"):
+        here_, there = (getattr(progress.state, name) for progress in (expected, found))
+        assert sha256_of({str(k): v for k, v in here_.items()}) == sha256_of({str(k): v for k, v in there.items()})
     digests = {client: sha256_of(memory) for client, memory in expected.state.memories.items()}
     assert {client: token_of(memory).partition("-")[2] for client, memory in found.state.memories.items()} == digests
 
