@@ -59,7 +59,9 @@ def partition_iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: in
     def shards(labels: np.ndarray) -> tuple[np.ndarray, ...]:
         shuffled = rng.permutation(len(labels))
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-        return tuple(np.sort(by_class[client::clients]) for client in range(clients))
+        owners = np.empty(len(labels), dtype=np.int64)
+        owners[by_class] = np.arange(len(labels)) % clients
+        return _shards(owners, clients)
 
     return Split(shards(train_labels), shards(test_labels))
 
@@ -153,12 +155,13 @@ def _checked(train_labels, test_labels, clients) -> tuple[np.ndarray, np.ndarray
 
 def _class_slots(classes: int, clients: int, classes_per_client: int, rng: np.random.Generator | None) -> np.ndarray:
     """Which client holds which class: (classes, clients) bool, row sums equal up to one; in order without `rng`."""
-    holds = np.zeros((classes, clients), dtype=bool)
+    holds, holders = np.zeros((classes, clients), dtype=bool), np.zeros(classes, dtype=np.int64)
     for client in range(clients):
         # The classes with the fewest holders so far, so that the numbers of holders stay equal up to one.
         ties = np.arange(classes) if rng is None else rng.random(classes)
-        fewest_first = np.lexsort((ties, holds.sum(axis=1)))
-        holds[fewest_first[:classes_per_client], client] = True
+        own = np.lexsort((ties, holders))[:classes_per_client]
+        holds[own, client] = True
+        holders[own] += 1
     return holds
 
 
@@ -174,9 +177,15 @@ def _counts(labels: np.ndarray, classes: np.ndarray, shares: np.ndarray) -> np.n
 
 def _deal_by_shares(train_labels, test_labels, classes, shares, rng) -> Split:
     def shards(labels: np.ndarray) -> tuple[np.ndarray, ...]:
-        dealt = []  # for each class, one array per client
+        owners, clients = np.empty(len(labels), dtype=np.int64), np.arange(shares.shape[1])
         for label, counts in zip(classes, _counts(labels, classes, shares), strict=True):
-            dealt.append(np.split(rng.permutation(np.flatnonzero(labels == label)), np.cumsum(counts)[:-1]))
-        return tuple(np.sort(np.concatenate(own)) for own in zip(*dealt, strict=True))
+            owners[rng.permutation(np.flatnonzero(labels == label))] = np.repeat(clients, counts)
+        return _shards(owners, len(clients))
 
     return Split(shards(train_labels), shards(test_labels))
+
+
+def _shards(owners: np.ndarray, clients: int) -> tuple[np.ndarray, ...]:
+    """The samples of every client, ascending, from the `owners` of all samples."""
+    ends = np.cumsum(np.bincount(owners, minlength=clients))
+    return tuple(np.split(np.argsort(owners, kind="stable"), ends[:-1]))
