@@ -302,10 +302,12 @@ def questions(root: Path) -> dict[int, str]:
     for number, own in table[table["question"] > 0].groupby("question"):
         figure = root / "figures" / f"{figures.get(number)}.png"
         shown = [f"![{own['claim'].iloc[0]}](../figures/{figure.name})"] * figure.exists()
+        several = own["claim"].duplicated(keep=False)
+        rows = own.assign(where=("; " + own["setting"]).where(several, "")).rename(columns={"ours, n seeds": "values"})
         said = [
-            f"- {row.claim}: **{row.verdict}**. {row.measured}: {row.values}." if row.values != "-" else
+            f"- {row.claim}{row.where}: **{row.verdict}**. {row.measured}: {row.values}." if row.values != "-" else
             f"- {row.claim}: not measured yet."
-            for row in own.rename(columns={"ours, n seeds": "values"}).itertuples()
+            for row in rows.itertuples()
         ]  # fmt: skip
         found[number] = "\n\n".join([*shown, "\n".join(said)])
     return found

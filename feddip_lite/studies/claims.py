@@ -85,8 +85,10 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], p
     found["by_sparsity"] = (_briefly(variants) if len(variants) else "", variants)
     preferred = pd.concat([*(chosen(even, name) for name in CHOSEN), variants[variants["label"] == "FedDP"]])
     found["chosen"] = found["by_sparsity"][0], preferred
-    usual = comparisons.get(("lenet5_fashionmnist", profile))
-    found["equal_bytes"] = ("", even) if usual is None else (_briefly(usual), equal_bytes(lenet, usual))
+    for name, each, runs in (("equal_bytes", ("lenet5_fashionmnist", profile), lenet),
+                             ("equal_bytes_long", ("alexnet_cifar10", "long"), recorded("long", folder))):  # fmt: skip
+        usual = comparisons.get(each)
+        found[name] = ("", even.iloc[:0]) if usual is None else (_briefly(usual), equal_bytes(runs, usual))
     found["second_order"] = found["by_sparsity"][0], read_second_order(folder)
     found["merging"] = (_briefly(merged) if len(merged) else "", merging.per_run(merged))
     found["cost_cpu"] = ("one client's training", judged_clients(folder.parent / "benchmarks"))
