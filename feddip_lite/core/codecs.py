@@ -219,7 +219,7 @@ class TopK(Codec):
 
     def decode(self, data: bytes | memoryview, count: int) -> Tensor:
         chosen, rest = _places_of(self, data, count)
-        if (found := int(chosen.sum())) != self.kept(count):
+        if (found := int(np.count_nonzero(chosen))) != self.kept(count):
             raise ValueError(f"{self.name}: {found} positions of {count}, must be {self.kept(count)}")
         _require_length(self, rest, 4 * found)
         result = np.zeros(count, np.float32)

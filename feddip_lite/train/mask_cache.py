@@ -69,9 +69,9 @@ def whole(message: Message, memory: Memory, prunable: int, device: torch.device)
         length = _NUMBER.unpack_from(code)[0] if len(code) >= _NUMBER.size else len(code)
         first, second = code[_NUMBER.size :][:length], code[_NUMBER.size :][length:]
         new, pruned = np.zeros_like(mask), ~mask
-        new[mask] = bits_of_code(first, int(mask.sum())).numpy()
+        new[mask] = bits_of_code(first, np.count_nonzero(mask)).numpy()
         if second:
-            new[pruned] = bits_of_code(second, int(pruned.sum())).numpy()
+            new[pruned] = bits_of_code(second, np.count_nonzero(pruned)).numpy()
         mask = new
     return Message(message.values, torch.from_numpy(mask).to(device), extras)
 

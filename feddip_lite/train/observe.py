@@ -71,7 +71,7 @@ class Progress:
         known = {name: getattr(record, name) for name in COLUMNS if hasattr(record, name)}
         since = {name: getattr(self, name) for name in ("up_bytes", "down_bytes", "regrown")}
         masks = {"mask_overlap": jaccard(self.row_mask, self.state.mask)}
-        masks["returned"] = int((self.state.mask & self.pruned).sum())
+        masks["returned"] = int((self.state.mask & self.pruned).count_nonzero())
         self.rows.append({**known, **metrics, **since, **masks, "seconds": seconds})
         self.wall_seconds += seconds
         self.up_bytes = self.down_bytes = self.regrown = 0

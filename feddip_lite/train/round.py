@@ -205,7 +205,7 @@ def record_of(
         penalty=method.penalty(t),
         up_bytes=sum(num_bytes(reply) for reply in replies.values()),
         down_bytes=sum(num_bytes(offer) for offer in exchange.offers.values()),
-        regrown=int((new.mask & ~state.mask).sum()),
+        regrown=int((new.mask & ~state.mask).count_nonzero()),
         pruning_error=pruning_error(prunable, new.mask),
         skipped=skipped,
         exchange=exchange,

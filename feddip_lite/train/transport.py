@@ -165,7 +165,7 @@ def _change_in(
     change, pruned = found.get(_VALUES), found.get(_PRUNED)
     if pruned is None:
         return change, rest
-    if change is None or mask is None or len(pruned) != int((~mask).sum()):
+    if change is None or mask is None or len(pruned) != int((~mask).count_nonzero()):
         raise ValueError(f"the reply's pruned values: {len(pruned)} of them; expected as many as its offer prunes")
     result = method.layout.unpack(change, mask)
     result[kept_indices(~mask)] = pruned
