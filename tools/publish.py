@@ -362,7 +362,7 @@ CONTENDERS = (
 def benchmark_part(root: Path) -> str:
     """The recorded tables of `benchmarks/`, a row per model, and how cost grows."""
     words = {"engine_cpu": _engine, "engine_cuda": _engine, "growth_cpu": _growth, "masks_cpu": _masks}
-    words["flower_cpu"] = _flower
+    words |= {"codecs_cpu": _codecs, "flower_cpu": _flower}
     paths = {root / "benchmarks" / f"{name}.json": said for name, said in words.items()}
     parts = [said(json.loads(path.read_text())) for path, said in paths.items() if path.exists()]
     parts += filter(None, [precision_part(root)])
@@ -454,6 +454,19 @@ def _masks(record: dict) -> str:
         f"Choosing and coding a mask of AlexNet's {millions:.1f} million prunable weights every fifth round costs the "
         f"server, per round: {each}."
     )
+
+
+def _codecs(record: dict) -> str:
+    """A row per codec: seconds of a core, of a dense message and of a sparse one."""
+    rows = []
+    for codec, own in groupby(sorted(record["rows"], key=lambda row: row["codec"]), lambda row: row["codec"]):
+        cells = {"codec": f"`{codec}`"}
+        for row in own:
+            what = f"at sparsity {row['sparsity']:g}" if row["sparsity"] else "dense"
+            cells |= {f"{verb}, {what}": f"{row[f'{verb}_cpu_s']:.3f}" for verb in ("encode", "decode")}
+        rows.append(cells)
+    millions = max(row["numbers"] for row in record["rows"]) / 1e6
+    return f"Coding AlexNet's {millions:.1f} million values, seconds of a core:\n\n{markdown(pd.DataFrame(rows))}"
 
 
 def main(arguments: list[str] | None = None) -> int:
