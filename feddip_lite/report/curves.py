@@ -23,10 +23,11 @@ from .statistics import interval
 from .style import AXES, GREY, counted, look_of, styled
 
 BROKEN = ", diverged"
+REFERENCE = "FedAvg"  # whose accuracy is subtracted, seed by seed
 
 
 @styled
-def accuracy_curves(results: pd.DataFrame, title: str = "", y: str = "accuracy", reference: str = "FedAvg") -> Figure:
+def accuracy_curves(results: pd.DataFrame, title: str = "", y: str = "accuracy", reference: str = REFERENCE) -> Figure:
     """Accuracy of the sparse global model against rounds, as means of up to ten rows, a column per partition. Below, in
     a row of its own, what each method has more or less than `reference` has under the same seed in the same round; this
     row is left out where nothing can be compared.
@@ -142,32 +143,40 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
 
 
 BYTES_WORDS = (
-    "hollow: a preset or form of a method; dotted: the methods that none beats in both; grey bar at the edge: 95 % "
-    "interval of FedDIP over its seeds, where the methods have none"
+    "hollow: a preset or form of a method; dotted: the methods that none beats in both; bars: 95 % intervals over "
+    "seeds, each against FedAvg's own (grey, at the edge: FedDIP's, where the methods have none)"
 )
 
 
 def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[float, float, str]]:
-    """Final accuracy against all bytes of the run in one partition, a point per method: its colour tells the family,
-    its bar the 95 % interval over seeds (three or more); where no method shown has one, a grey bar is FedDIP's. Further
-    up and further left is better; the dotted line joins the methods that none beats in both. The preset `memory`, whose
-    interval would hide the rest, is left out, and so are seeds that not all methods have.
+    """Final accuracy, minus that of FedAvg under the same seed if it is there, against all bytes of the run in one
+    partition, a point per method: its colour tells the family, its bar the 95 % interval over seeds (three or more);
+    where no method shown has one, a grey bar is FedDIP's. Further up and further left is better; the dotted line joins
+    the methods that none beats in both. The preset `memory`, whose interval would hide the rest, is left out, and so
+    are seeds that not all methods have.
 
     Returns: the points and their names, for `style.name_points` to write when nothing moves any more.
     """
     every = told_apart(results[results["preset"] != "memory"])
     runs = headline(comparable(every))
-    own = runs[runs["split"] == split]
+    own = _minus_reference(runs[runs["split"] == split])
     points = [_point(panel, own[own["label"] == label], label) for label in labels(own)]
     best = [(x, y) for x, y, _ in sorted(points) if not any(a <= x and b > y for a, b, _ in points)]
     panel.plot(*zip(*best, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=0)
     panel.set_title(split, loc="left")
-    panel.set_ylabel("final accuracy")
+    minus = f", minus {REFERENCE}'s" if REFERENCE in set(own["label"]) else ""
+    panel.set_ylabel("final accuracy" + minus)
     panel.set(xscale="log", xlim=(runs["mib"].min() / 1.3, runs["mib"].max() * 1.4), xlabel=AXES["mib"])
     style.log_ticks(panel.xaxis)
     if own.groupby("label").size().max() < 3:
-        _seed_bar(panel, every[every["split"] == split])
+        _seed_bar(panel, headline(every[every["split"] == split]))
     return points
+
+
+def _minus_reference(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `headline` of one partition, their accuracy minus that of REFERENCE under the same seed, if it is there."""
+    usual = runs[runs["label"] == REFERENCE].set_index("seed")["accuracy"]
+    return runs.assign(accuracy=runs["accuracy"] - runs["seed"].map(usual)) if len(usual) else runs
 
 
 def _point(panel: Axes, runs: pd.DataFrame, label: str) -> tuple[float, float, str]:
@@ -176,12 +185,15 @@ def _point(panel: Axes, runs: pd.DataFrame, label: str) -> tuple[float, float, s
     look, x = look_of(runs), runs["mib"].mean()
     shape = {"marker": look["marker"], "color": look["color"], "markersize": 7, "label": label, "linestyle": "none"}
     fill = "white" if (runs["preset"].iloc[0], runs["changed"].iloc[0]) != ("paper", "") else look["color"]
-    panel.errorbar(x, mean, None if np.isnan(half) else half, markerfacecolor=fill, **shape)
+    (_, _, bars) = panel.errorbar(x, mean, None if np.isnan(half) else half, markerfacecolor=fill, **shape)
+    for bar in bars:
+        bar.set(alpha=0.4, zorder=1)
     return x, mean, label
 
 
-def _seed_bar(panel: Axes, every: pd.DataFrame) -> None:
+def _seed_bar(panel: Axes, runs: pd.DataFrame) -> None:
     """At the right edge, FedDIP's interval, if it was run three times."""
-    mean, half = interval(headline(every[every["label"] == "FedDIP"])["accuracy"])
+    runs = _minus_reference(runs)
+    mean, half = interval(runs.loc[runs["label"] == "FedDIP", "accuracy"])
     if np.isfinite(half):
         panel.errorbar(panel.get_xlim()[1] / 1.07, mean, half, color=GREY, capsize=3)

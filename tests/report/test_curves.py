@@ -145,6 +145,9 @@ def test_points_lie_at_final_accuracy_and_total_bytes_with_an_interval_from_thre
     axes = accuracy_for_bytes(only(results, "FedAvg", "FedDIP"), "Tiny").axes[0]
     drawn = {bar.get_label(): bar.has_yerr for bar in axes.containers}
     assert drawn == {"FedAvg": True, "FedDIP": True}
+    finals = headline(only(results, "FedAvg", "FedDIP"))
+    places = {bar.get_label(): bar.lines[0].get_ydata().item() for bar in axes.containers}
+    assert places == {"FedAvg": 0, "FedDIP": pytest.approx(paired(finals, "FedDIP", "FedAvg").mean())}
     one = only(results, "FedDIP", seeds=(0,))
     (bar,) = accuracy_for_bytes(one, "Tiny").axes[0].containers
     assert not bar.has_yerr
