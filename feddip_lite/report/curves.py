@@ -174,7 +174,7 @@ def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[fl
 
 
 def _minus_reference(runs: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `headline` of one partition, their accuracy minus that of REFERENCE under the same seed, if it is there."""
+    """Rows of `headline` of one partition, accuracies minus that of REFERENCE under the same seed, if it is there."""
     usual = runs[runs["label"] == REFERENCE].set_index("seed")["accuracy"]
     return runs.assign(accuracy=runs["accuracy"] - runs["seed"].map(usual)) if len(usual) else runs
 
