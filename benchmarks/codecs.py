@@ -19,7 +19,7 @@ from feddip_lite.core.codecs import codec_of
 from feddip_lite.records.provenance import provenance
 from feddip_lite.train.run import running
 
-from .masks import alexnet
+from .masks import untrained
 
 CODECS = ("fp16", "qsgd:8:512", "qsgd:4:512", "ternary:512", "topk:0.01", "sign")
 SPARSITIES = (0.0, 0.9)
@@ -37,7 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def record(given: argparse.Namespace) -> dict:
-    (_, weights), rows = alexnet(), []
+    (_, weights), rows = untrained(), []
     draw = torch.Generator().manual_seed(1)
     with running(Config()):
         for sparsity in SPARSITIES:

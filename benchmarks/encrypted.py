@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from feddip_lite.config import Config
-from feddip_lite.core.flat import Layout
-from feddip_lite.core.models import build_model
 from feddip_lite.core.sparsity import num_kept, topk_mask
 from feddip_lite.records.provenance import provenance
 from feddip_lite.studies.encrypted import encrypted_mean
 from feddip_lite.train.run import running
 
+from .masks import untrained
+
 MODELS = {
-    "LeNet-5": {"name": "lenet5", "classes": 10, "width": 1.0, "channels": 1, "size": 28},
-    "AlexNet (0.25)": {"name": "alexnet", "classes": 10, "width": 0.25, "channels": 3, "size": 32},
+    "LeNet-5": {"name": "lenet5", "channels": 1, "size": 28},
+    "AlexNet (0.25)": {"name": "alexnet", "width": 0.25},
 }
 SPARSITIES = (0.0, 0.5, 0.9, 0.95)
 CLIENTS = 5
@@ -35,11 +35,8 @@ def record(given: argparse.Namespace) -> dict:
     rows = []
     with running(Config()):
         for title, shape in MODELS.items():
-            shape = dict(shape)
-            module = build_model(shape.pop("name"), seed=0, **shape)
-            layout = Layout.of(module, image_shape=(shape["channels"], shape["size"], shape["size"]))
-            values = {name: value.detach().flatten() for name, value in module.named_parameters()}
-            weights = torch.cat([values[slot.name] for slot in layout.slots]).double().numpy()
+            layout, initial = untrained(**shape)
+            weights = initial.double().numpy()
             for repeat in range(given.repeats):
                 for sparsity in SPARSITIES:
                     rows.append({"split": title, "seed": repeat, **one(weights, layout.prunable, sparsity, repeat)})

@@ -37,10 +37,12 @@ def event(scores: torch.Tensor, sparsity: float) -> dict[str, float]:
     return {"choose_s": choose, "index_s": index, "code_s": code, "mask_bytes": size}
 
 
-def alexnet() -> tuple[Layout, torch.Tensor]:
-    """AlexNet's layout at full width, and its initial weights, (n,), the prunable ones first."""
-    module = build_model("alexnet", classes=10, width=1.0, channels=3, size=32, seed=0)
-    layout = Layout.of(module, image_shape=(3, 32, 32))
+def untrained(
+    name: str = "alexnet", width: float = 1.0, channels: int = 3, size: int = 32
+) -> tuple[Layout, torch.Tensor]:
+    """A model's layout, and its initial weights, (n,), the prunable ones first; AlexNet's at full width."""
+    module = build_model(name, classes=10, width=width, channels=channels, size=size, seed=0)
+    layout = Layout.of(module, image_shape=(channels, size, size))
     parameters = {name: value.detach().flatten() for name, value in module.named_parameters()}
     return layout, torch.cat([parameters[slot.name] for slot in layout.slots])
 
@@ -50,7 +52,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def record(given: argparse.Namespace) -> dict:
-    (layout, weights), rows = alexnet(), []
+    (layout, weights), rows = untrained(), []
     weights = weights[: layout.prunable]
     draw = torch.Generator().manual_seed(1)
     with running(Config()):

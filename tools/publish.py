@@ -404,7 +404,6 @@ def _growth(record: dict) -> str:
     )
     return (
         f"LeNet-5 on Fashion-MNIST's 60000 images, divided among ever more clients:\n\n{markdown(table)}\n\n"
-        "Start-up is mostly the import of torchvision, which reads the files. "
         f"Training costs {min(per_step):.2f} to {max(per_step):.2f} ms a step, whether clients per round go from 5 to "
         "20 or local epochs from 1 to 10."
     )

@@ -41,14 +41,8 @@ FAMILIES = ("dense to dense", "dense to sparse", "sparse to sparse", "own")
 HEADLINE = ("fedavg", "feddp", "feddip")
 """The methods of the paper's own question, which figures and tables of a data set show first."""
 _SCHEDULES = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")
-_OWN = (
-    *_SCHEDULES,
-    "down",
-    "up",
-    "up_pruned",
-    "up_feedback",
-    "mask_cache",
-)  # what a method is called after, beside its options
+_OWN = (*_SCHEDULES, *"down up up_pruned up_feedback mask_cache".split())
+"""What a run is called after, beside its method's options."""
 SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]

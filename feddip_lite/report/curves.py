@@ -56,7 +56,7 @@ def accuracy_curves(results: pd.DataFrame, title: str = "", y: str = "accuracy",
     panels = style.line_panels(rows, looks, "", row="row", row_order=shown, col="split", col_order=splits(results))
     for (row, split), panel in panels.axes_dict.items():
         own = rows[(rows["row"] == row) & (rows["split"] == split)]
-        _zoom(panel, own, *[0] * (row == below))
+        _zoom(panel, own, with_zero=row == below)
         style.round_axis(panel)
         panel.set(ylabel=row)
         panel.set_title(split if row == above else "", loc="left")
@@ -115,12 +115,12 @@ def _names(rows: pd.DataFrame, results: pd.DataFrame) -> tuple[dict[str, str], d
     return names, looks
 
 
-def _zoom(panel: Axes, rows: pd.DataFrame, *more: float) -> None:
-    """As far as lines reach once a fifth of the run is over, what broke down, the last intervals, and `more`."""
+def _zoom(panel: Axes, rows: pd.DataFrame, with_zero: bool) -> None:
+    """As far as lines reach once a fifth of the run is over, what broke down, the last intervals, and perhaps 0."""
     last = rows["round"].max()
     late = rows.loc[(rows["round"] >= last / 5) | (rows["n"] == 0), "y"]
     ends = rows.loc[rows["round"] == last, ["low", "high"]].to_numpy().ravel()
-    shown = np.array([*late, *ends, *more])
+    shown = np.concatenate([late, ends, [0.0] if with_zero else []])
     low, high = np.nanmin(shown), np.nanmax(shown)
     room = 0.08 * (high - low) or 0.01
     panel.set_ylim(low - room, high + room)
