@@ -213,6 +213,12 @@ def mean_buffers(state: ServerState, replies: Replies) -> Tensor:
     return mean_of(replies, "buffers")
 
 
+def first_of(replies: Replies) -> Replies:
+    """The reply of the lowest client id alone: where a published code gives one client a say that others lack."""
+    first = min(replies)
+    return {first: replies[first]}
+
+
 def mean_of(replies: Replies, name: str) -> Tensor:
     """The weighted mean of the extra `name` of every reply."""
     return weighted_mean((replies[client].extras[name] for client in sorted(replies)), replies)

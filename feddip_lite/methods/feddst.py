@@ -28,9 +28,9 @@ class FedDST(Method):
     layer back to its ERK count.
 
     Preset `repo` is the variant of FedDIP's authors (`feddst.py`, `client.py:train_model_dst`): a random first mask;
-    masks that change in the last round of each interval rather than the second; clients that keep their own mask from
-    their first readjustment on; drops by the magnitude received, growth by the mean gradient of a whole pass; and a
-    plain mean in which pruned weights count as 0.
+    masks that change in the last round of each interval rather than the second; clients that keep their own mask after
+    their first readjustment, from the next participation on; drops by the magnitude received, growth by the mean
+    gradient of a whole pass; and a plain mean in which pruned weights count as 0.
 
     Deviations: growth by the gradient of the training loss, over pruned coordinates only (published code: of softmax
     fed to cross-entropy, over all coordinates; FedDIP's authors: of `nll_loss` on raw logits). The annealing factor
@@ -117,8 +117,10 @@ class FedDST(Method):
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
         mask = result.mask
         if result.parts:
-            mask = self.regrown(mask, result.parts[0].gradient)
-            memory = {"mask": mask} if self.own_masks else memory
+            trained = result.parts[0]
+            mask = self.regrown(mask, trained.gradient)
+            if self.own_masks:  # from its next participation on
+                result, mask, memory = trained, trained.mask, {"mask": mask}
         elif "mask" not in memory:
             return super().reply(result, memory, t)
         return replace(message_of(result, self.layout.pack(result.weights, mask)), mask=mask), memory

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.schedules import sparsity_at
 from ..core.settings import one_of, real, setting
 from ..core.sparsity import kept_per_layer, layerwise_mask, num_kept
-from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect, mean_of
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, expect, first_of, mean_of
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class PruneFL(Method):
 
     Preset `repo` is the variant of FedDIP's authors (`prunefl.py`, `functions_new.py:prunefl_reconfig`): g_j^2 of one
     batch after training, not divided by time, any weight may go, at least as many kept as the cubic schedule says,
-    and the plain mean.
+    the plain mean, and a choice in the last round of each interval rather than the first.
 
     Deviations: times are computed, not measured, or no run could be repeated. The initial pruning is that of round 0,
-    by its ordinary cohort (published: many steps at one client, which is privileged). Squared gradients are those of
-    the one round that chooses (published: added up over all rounds since the last choice), and of prunable weights
-    alone (published: of biases, too). What stays without question is a share of what the ceiling lets through, since
-    otherwise a falling ceiling would leave no room for a choice.
+    by its ordinary cohort (published: many steps at one client, which is privileged; `first_mask_by`). Squared
+    gradients are those of the one round that chooses (published: added up over all rounds since the last choice, P
+    numbers that every client keeps; `squares_since`), and of prunable weights alone (published: of biases, too). What
+    stays without question is a share of what the ceiling lets through, since otherwise a falling ceiling would leave
+    no room for a choice.
     """
 
     about = About(
@@ -45,7 +46,13 @@ class PruneFL(Method):
     initial_sparsity: float = 0.5
     target_sparsity: float = 0.9
     mask_interval: int = 50
-    rule: str = setting("paper", one_of("paper", "repo"), "how gradients decide, and how weights are averaged")
+    rule: str = setting("paper", one_of("paper", "repo"), "how gradients decide, when, and how weights are averaged")
+    first_mask_by: str = setting(
+        "cohort", one_of("cohort", "client"), "whose gradients choose in round 0: the cohort's, or one client's"
+    )
+    squares_since: str = setting(
+        "round", one_of("round", "choice"), "squared gradients since when: this round alone, or the last choice"
+    )
     candidates: float = setting(
         0.3, real("[0, 1]"), "share of each layer's kept weights that may be pruned in round 0 (published: 0.3)"
     )
@@ -67,7 +74,11 @@ class PruneFL(Method):
 
     def chooses_mask(self, t: int) -> bool:
         """Whether the server chooses a new mask at the end of round t."""
-        return t % self.mask_interval == 0
+        return t % self.mask_interval == (self.mask_interval - 1 if self.rule == "repo" else 0)
+
+    def collects(self, t: int) -> bool:
+        """Whether clients take squared gradients in round t."""
+        return self.chooses_mask(t) or self.squares_since == "choice"
 
     def bounds(self, t: int) -> tuple[int, int]:
         """The smallest and the largest number of weights that a mask chosen in round t may keep."""
@@ -89,17 +100,27 @@ class PruneFL(Method):
 
     def plan(self, offer: Message, memory: Memory, t: int) -> LocalPlan:
         plan = super().plan(offer, memory, t)
-        if not self.chooses_mask(t):
+        if not self.collects(t):
             return plan
         return replace(plan, final_gradient="batch") if self.rule == "repo" else replace(plan, squared_gradients=True)
 
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
         reply, memory = super().reply(result, memory, t)
-        if not self.chooses_mask(t):
+        if not self.collects(t):
             return reply, memory
         per_step = self.rule == "paper"
         squares = result.squared_gradients / len(result.losses) if per_step else result.gradient.square()
-        return reply.plus(squared_gradients=squares[: self.layout.prunable]), memory
+        squares = squares[: self.layout.prunable]
+        if self.squares_since == "choice":
+            squares, memory = self.added(squares, memory, t)
+        return reply.plus(squared_gradients=squares) if self.chooses_mask(t) else reply, memory
+
+    def added(self, squares: Tensor, memory: Memory, t: int) -> tuple[Tensor, Memory]:
+        """`squares` (P,) of round t plus those that the client holds for the same choice, and what it holds then."""
+        choice = next(u for u in range(t, t + self.mask_interval) if self.chooses_mask(u))
+        if memory and int(memory["choice"][0]) == choice:
+            squares = squares + memory["squares"]
+        return squares, {"squares": squares, "choice": torch.tensor([choice])}
 
     def accept(self, state, reply: Message, t: int) -> None:
         super().accept(state, reply, t)
@@ -112,7 +133,8 @@ class PruneFL(Method):
             new = replace(new, weights=self.remembered(state, new.weights))
         if not self.chooses_mask(t):
             return new
-        return replace(new, mask=self.best(new.weights, new.mask, mean_of(replies, "squared_gradients"), t))
+        asked = first_of(replies) if t == 0 and self.first_mask_by == "client" else replies
+        return replace(new, mask=self.best(new.weights, new.mask, mean_of(asked, "squared_gradients"), t))
 
     def best(self, weights: Tensor, mask: Tensor, squares: Tensor, t: int) -> Tensor:
         """The mask (P,) of round t: weights in order of their gain while it pays, within `bounds`."""

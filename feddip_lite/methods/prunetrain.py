@@ -21,7 +21,8 @@ class PruneTrain(Method):
     input. Clients train under the mask; removed groups never return. The original removes what has come near zero
     and ends at the sparsity that lambda leads to. Here the target must be met: groups go in order of their root mean
     square until the cubic schedule's count is reached, which the last event does exactly; the last group to go is cut
-    by magnitude, and the strongest of each layer goes last. The original groups inputs of all layers as well.
+    by magnitude, and the strongest of each layer goes last. The original groups inputs of all layers as well
+    (`input_groups`: under the penalty; what is removed are the same groups).
     The penalty ratio is ours: 0.2, the original's, drives LeNet-5 under plain SGD to zero before it
     learns; 0.02 did best of eight values from 0 to 0.2 on held-out training digits (three seeds, half width), by less
     than the seeds differ.
@@ -49,6 +50,7 @@ class PruneTrain(Method):
     strength: float | None = setting(
         None, real("[0, inf)"), "lambda (published code: prunetrain_power = 0.01)", none="from penalty_ratio"
     )
+    input_groups: bool = setting(False, flag(), "inputs of every layer are groups under the penalty, too")
     penalty_ratio: float = setting(0.02, real("[0, 1)"), "penalty's share of the whole loss at first (published: 0.2)")
 
     presets = {
@@ -68,6 +70,14 @@ class PruneTrain(Method):
         matrix = vector[slot.start : slot.stop].view(slot.shape[0], -1)
         return matrix.T if slot == self.layout.prunable_slots[-1] else matrix
 
+    def penalised(self, vector: Tensor, slot: Slot) -> list[Tensor]:
+        """The views (groups, ...) of a tensor in `vector` ((P,) or (n,)) over whose groups the penalty adds up norms.
+        Images' channels are no groups, and the last layer has its inputs anyway."""
+        views = [self.groups(vector, slot)]
+        if self.input_groups and slot not in (self.layout.prunable_slots[0], self.layout.prunable_slots[-1]):
+            views.append(vector[slot.start : slot.stop].view(*slot.shape[:2], -1).transpose(0, 1))
+        return views
+
     def penalty(self, t: int) -> float:
         """lambda; from the ratio q it is q / (1 - q) * loss / norms at PyTorch's initial weights, where the loss is
         about ln(classes) and a group of k weights of variance 1 / (3 fan-in) has norm sqrt(k / (3 fan-in))."""
@@ -75,17 +85,19 @@ class PruneTrain(Method):
             return self.strength
         norms = 0.0
         for slot in self.slots:
-            count, size = self.groups(torch.empty(self.layout.prunable, device="meta"), slot).shape
-            norms += count * sqrt(size * slot.shape[0] / (3 * (slot.stop - slot.start)))
+            variance = slot.shape[0] / (3 * (slot.stop - slot.start))
+            for view in self.penalised(torch.empty(self.layout.prunable, device="meta"), slot):
+                norms += len(view) * sqrt(view[0].numel() * variance)
         loss = log(self.layout.prunable_slots[-1].shape[0])
         return self.penalty_ratio / (1 - self.penalty_ratio) * loss / norms if norms else 0.0
 
     def add_lasso_gradient_(self, gradient: Tensor, masked: Tensor, strength: float) -> None:
         """Add strength * w_g / ||w_g||_2 for every group g; a group pruned to nothing gets 0, never NaN."""
         for slot in self.slots:
-            weights = self.groups(masked, slot)
-            norms = torch.linalg.vector_norm(weights, dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            self.groups(gradient, slot).addcdiv_(weights, norms, value=strength)
+            for slopes, weights in zip(self.penalised(gradient, slot), self.penalised(masked, slot), strict=True):
+                inside = tuple(range(1, weights.dim()))
+                norms = torch.linalg.vector_norm(weights, dim=inside, keepdim=True)
+                slopes.addcdiv_(weights, norms.clamp_min(torch.finfo(weights.dtype).tiny), value=strength)
 
     def kept(self, t: int) -> int:
         """How many weights pruning in round t keeps: s_t is cubic, over events if structured, else over rounds."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.seeds import derive
 from ..core.settings import one_of, setting
 from ..core.sparsity import num_kept, topk_mask
-from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, account_of, expect, mean_of
+from .base import About, LocalPlan, LocalResult, Memory, Message, Method, Replies, account_of, expect, first_of, mean_of
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class SNIP(Method):
 
     Scores are taken at weights drawn anew (Xavier, normal) for scoring only, from a seed in the download: both
     published codes score at variance-scaled weights that training does not start from. Deviations from the paper: one
-    batch per client instead of one; from the published code: no client 0 that scores alone, cross-entropy instead of
-    `nll_loss` of raw logits, ResNet's shortcuts stay dense, the round that scores trains nothing.
+    batch per client instead of one; from the published code: client 0 does not score alone (`scored_by="client"`: the
+    first of the cohort does, in the same messages), cross-entropy instead of `nll_loss` of raw logits,
+    ResNet's shortcuts stay dense, the round that scores trains nothing.
     Source: Lee et al., ICLR 2019, namhoonlee/snip-public `model.py`; published FedDIP code
     `functions_new.py:SNIP_modified`, `snip.py`.
     """
@@ -34,6 +35,7 @@ class SNIP(Method):
     target_sparsity: float = 0.9
     scored_weights: str = setting("xavier", one_of("xavier", "initial"), "weights at which clients score")
     scored_data: str = setting("batch", one_of("batch", "epoch"), "what they score on: one batch, or all they have")
+    scored_by: str = setting("cohort", one_of("cohort", "client"), "whose scores count: the cohort's, or one client's")
 
     def offer(self, state, t: int, client: int) -> Message:
         offer = super().offer(state, t, client)
@@ -72,5 +74,6 @@ class SNIP(Method):
     def merge(self, state, replies: Replies, t: int):
         if t > 0:
             return super().merge(state, replies, t)
-        mask = topk_mask(mean_of(replies, "scores"), num_kept(self.target_sparsity, self.layout.prunable))
+        scorers = first_of(replies) if self.scored_by == "client" else replies
+        mask = topk_mask(mean_of(scorers, "scores"), num_kept(self.target_sparsity, self.layout.prunable))
         return replace(state, round=1, mask=mask)

@@ -159,14 +159,15 @@ def test_gradient_that_decides_growth_is_taken_at_the_trained_weights_before_the
 def test_a_client_drops_the_smallest_and_grows_the_largest_gradients_of_each_layer_as_many(layout, model, preset):
     method = method_of(layout, preset)
     state, t = begun(method), readjusting(method)
-    plan, result, reply, _ = trained(method, model, state, t)
+    plan, result, reply, memory = trained(method, model, state, t)
+    readjusted = memory.get("mask", reply.mask)
     share = method.share(t)
     magnitudes = (plan.weights if preset == "repo" else local_update(
         model, replace(plan, then=None), tiny_data(), torch.arange(12), tiny_config(batch_size=5), t, 3
     ).weights).abs()  # fmt: skip
-    assert kept_per_layer(layout, reply.mask) == method.counts
+    assert kept_per_layer(layout, readjusted) == method.counts
     for slot, count in zip(layout.prunable_slots, method.counts, strict=True):
-        before, pruned, after = (slot.of(mask) for mask in (state.mask, result.mask, reply.mask))
+        before, pruned, after = (slot.of(mask) for mask in (state.mask, result.mask, readjusted))
         dropped, grown = before & ~pruned, after & ~pruned
         assert int(dropped.sum()) == int(grown.sum()) == round(share * count) > 0
         assert slot.of(magnitudes)[dropped].max() <= slot.of(magnitudes)[pruned].min()
@@ -174,14 +175,24 @@ def test_a_client_drops_the_smallest_and_grows_the_largest_gradients_of_each_lay
         assert gradient[grown].min() >= gradient[~after].max()
 
 
-@PRESETS
-def test_grown_weights_travel_as_zeros_packed_by_the_clients_own_mask(layout, model, preset):
-    method = method_of(layout, preset)
+def test_grown_weights_travel_as_zeros_packed_by_the_clients_own_mask(layout, model):
+    method = method_of(layout)
     _, result, reply, _ = trained(method, model, begun(method), readjusting(method))
     sent = layout.unpack(reply.values, reply.mask)
     assert torch.equal(sent, result.weights)
     assert torch.count_nonzero(sent[: layout.prunable][reply.mask & ~result.mask]) == 0
     assert reply.values.numel() == sum(method.counts) + layout.size - layout.prunable
+
+
+def test_under_repo_a_readjusted_mask_acts_from_the_next_participation_on(layout, model):
+    method = method_of(layout, "repo")
+    state, t = begun(method), readjusting(method)
+    _, result, reply, memory = trained(method, model, state, t)
+    assert torch.equal(reply.mask, state.mask)
+    assert torch.equal(layout.unpack(reply.values, reply.mask), result.parts[0].weights)
+    plan, *_ = trained(method, model, state, t + 1, memory)
+    assert torch.equal(plan.mask, memory["mask"])
+    assert not torch.equal(plan.mask, state.mask)
 
 
 def test_permuting_gradients_permutes_what_grows(layout):
@@ -276,19 +287,19 @@ def test_masks_change_when_clients_readjust_and_only_then(preset):
     first = readjusting(method)
     for state, record, memories in done:
         assert kept_per_layer(method.layout, state.mask) == method.counts
-        if method.share(record.round):
+        if method.share(record.round) and preset == "paper":
             assert record.regrown > 0
-        elif preset == "paper" or record.round < first:
+        elif preset == "paper" or record.round <= first:
             assert record.regrown == 0  # of as many weights as before: the same mask
         assert bool(memories) == (preset == "repo" and record.round >= first)
+    assert sum(record.regrown for _, record, _ in done) > 0
 
 
 def test_a_client_of_repo_keeps_the_mask_it_readjusted_whatever_the_server_sends(layout, model):
     method = method_of(layout, "repo")
     state, t = begun(method), readjusting(method)
-    *_, reply, memory = trained(method, model, state, t)
+    *_, memory = trained(method, model, state, t)
     assert list(memory) == ["mask"]
-    assert torch.equal(memory["mask"], reply.mask)
     plan, result, reply, kept = trained(method, model, state, t + 1, memory)
     assert torch.equal(plan.mask, memory["mask"])
     assert not torch.equal(plan.mask, state.mask)

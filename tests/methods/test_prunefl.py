@@ -148,7 +148,7 @@ def test_mask_changes_at_the_end_of_every_interval_within_its_bounds(layout, pre
     for t in range(method.rounds):
         new = merge(method, state, squares_of(layout, t), t)
         count = int(new.mask.sum())
-        if t % interval:
+        if t % interval != (interval - 1 if preset == "repo" else 0):
             assert torch.equal(new.mask, state.mask)
         elif preset == "repo":
             assert count == num_kept(sparsity_at(t, 0.5, 0.9, method.rounds), layout.prunable)
@@ -177,7 +177,7 @@ def test_ceiling_falls_linearly(layout):
 
 @PRESETS
 def test_permuting_gradients_changes_the_mask(layout, preset):
-    method = method_of(layout, preset)
+    method = method_of(layout, preset, mask_interval=1)
     squares = squares_of(layout)
     order = torch.randperm(layout.prunable)
     masks = [merge(method, state_of(layout), scores, 0).mask for scores in (squares, squares, squares[order])]
@@ -188,7 +188,7 @@ def test_permuting_gradients_changes_the_mask(layout, preset):
 def test_repo_keeps_the_largest_squared_gradients_whatever_their_time():
     layout = Layout.of(tiny_module(), image_shape=(1, 6, 6))
     squares = squares_of(layout)
-    mask = merge(method_of(layout, "repo"), state_of(layout), squares, 0).mask
+    mask = merge(method_of(layout, "repo", mask_interval=1), state_of(layout), squares, 0).mask
     assert squares[mask].min() > squares[~mask].max()
 
 
@@ -206,10 +206,42 @@ def test_squared_gradients_are_averaged_by_samples_in_float64(layout, preset):
     assert torch.equal(new.mask, method.best(new.weights, state.mask, mean, 0))
 
 
-def trained(method, model, state, t):
-    plan = method.plan(method.offer(state, t, 3), {}, t)
+@PRESETS
+def test_one_clients_gradients_choose_in_round_0_if_asked_for_and_never_later(layout, preset):
+    method = method_of(layout, preset, mask_interval=1, first_mask_by="client")
+    state, weights = state_of(layout), random_vector(layout.size, 9)
+    replies = {}
+    for client in (7, 2, 4):
+        reply = reply_of(weights, 10, state.buffers)
+        replies[client] = replace(reply, extras={**reply.extras, "squared_gradients": squares_of(layout, client)})
+    first = method.merge(state, replies, 0)
+    assert torch.equal(first.mask, method.best(first.weights, state.mask, squares_of(layout, 2), 0))
+    for t, by in ((0, "cohort"), (1, "client")):
+        new = method_of(layout, preset, mask_interval=1, first_mask_by=by).merge(state, replies, t)
+        mean = sum(squares_of(layout, client).double() for client in replies) / 3
+        assert torch.equal(new.mask, method.best(new.weights, state.mask, mean.float(), t))
+        assert not torch.equal(new.mask, method.best(new.weights, state.mask, squares_of(layout, 2), t))
+
+
+def trained(method, model, state, t, memory=None):
+    plan = method.plan(method.offer(state, t, 3), memory or {}, t)
     result = local_update(model, plan, tiny_data(), torch.arange(12), tiny_config(batch_size=5), t, 3)
-    return result, method.reply(result, {}, t)[0]
+    return result, *method.reply(result, memory or {}, t)
+
+
+@PRESETS
+def test_squared_gradients_since_the_last_choice_add_up_at_the_client_and_go_up_once(layout, model, preset):
+    method = method_of(layout, preset, mask_interval=4, squares_since="choice")
+    alone = method_of(layout, preset, mask_interval=1)
+    state = replace(state_of(layout, random_bools(layout.prunable, 0.3)), buffers=torch.ones(6))
+    choice = 7 if preset == "repo" else 8
+    memory, total = {}, torch.zeros(layout.prunable)
+    for t in (choice - 4, choice - 3, choice - 1, choice):  # the first of them belongs to the choice before
+        _, reply, memory = trained(method, model, state, t, memory)
+        _, own, _ = trained(alone, model, state, t)
+        total = own.extras["squared_gradients"] + (total if t > choice - 3 else 0)
+        assert ("squared_gradients" in reply.extras) == method.chooses_mask(t)
+    torch.testing.assert_close(reply.extras["squared_gradients"], total)
 
 
 @PRESETS
@@ -217,9 +249,9 @@ def test_squared_gradients_of_all_prunable_weights_go_up_when_a_mask_is_chosen_a
     method = method_of(layout, preset, mask_interval=4)
     mask = random_bools(layout.prunable, 0.3)
     state = replace(state_of(layout, mask), buffers=torch.ones(6))
-    _, reply = trained(method, model, state, 1)
+    _, reply, _ = trained(method, model, state, 1)
     assert "squared_gradients" not in reply.extras
-    result, reply = trained(method, model, state, 4)
+    result, reply, _ = trained(method, model, state, 7 if preset == "repo" else 4)
     sent = reply.extras["squared_gradients"]
     total = result.squared_gradients / 3 if preset == "paper" else result.gradient.square()
     assert torch.equal(sent, total[: layout.prunable])
@@ -254,7 +286,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path):
     assert same_history(run(config, progress=False), resumed)
 
 
-@pytest.mark.parametrize(("preset", "rounds"), [("paper", 9), ("repo", 12)])
+@pytest.mark.parametrize(("preset", "rounds"), [("paper", 9), ("repo", 13)])
 def test_prunefl_learns_digits_at_its_target_sparsity(preset, rounds):
     settings = {"width": 0.5, "local_epochs": 5, "batch_size": 8, "target_sparsity": 0.8, "mask_interval": 3}
     history = run(tiny_config(method="prunefl", preset=preset, rounds=rounds, **settings), progress=False)

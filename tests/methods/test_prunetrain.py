@@ -33,13 +33,15 @@ def merged(method, state, vector):
 # Group lasso
 
 
-@pytest.mark.parametrize("structured", [True, False])
-def test_lasso_gradient_equals_autograd_of_the_sum_of_group_norms(lenet, structured):
-    method = method_of(lenet, structured=structured)
+@pytest.mark.parametrize("groups", ["outputs", "both", "tensors"])
+def test_lasso_gradient_equals_autograd_of_the_sum_of_group_norms(lenet, groups):
+    method = method_of(lenet, structured=groups != "tensors", input_groups=groups == "both")
     masked = lenet.masked(random_vector(lenet.size), random_bools(lenet.prunable, 0.4)).requires_grad_()
     tensors = [slot.of(masked) for slot in lenet.prunable_slots]
-    if structured:  # output channels and neurons; inputs in the last layer
+    if groups != "tensors":  # output channels and neurons; inputs in the last layer
         norms = [w.flatten(1).norm(dim=1).sum() for w in tensors[:-1]] + [tensors[-1].norm(dim=0).sum()]
+        if groups == "both":  # inputs of all but the first layer
+            norms += [w.transpose(0, 1).flatten(1).norm(dim=1).sum() for w in tensors[1:-1]]
     else:  # tensors, first and last left out
         norms = [w.norm() for w in tensors[1:-1]]
     (0.3 * sum(norms)).backward()
@@ -58,12 +60,15 @@ def test_lasso_gradient_of_a_group_pruned_to_nothing_is_zero_never_nan(layout):
     assert gradient[9:18].norm().item() == pytest.approx(1, rel=1e-6)
 
 
-def test_penalty_is_the_stated_share_of_the_loss_before_training(lenet):
+@pytest.mark.parametrize("inputs", [False, True])
+def test_penalty_is_the_stated_share_of_the_loss_before_training(lenet, inputs):
     module = build_model("lenet5", classes=10, channels=1, size=28)
     tensors = [dict(module.named_parameters())[slot.name].detach() for slot in lenet.prunable_slots]
     norms = sum(w.flatten(1).norm(dim=1).sum() for w in tensors[:-1]) + tensors[-1].norm(dim=0).sum()
+    if inputs:
+        norms += sum(w.transpose(0, 1).flatten(1).norm(dim=1).sum() for w in tensors[1:-1])
     for ratio in (0.0, 0.05, 0.5):
-        strength = method_of(lenet, penalty_ratio=ratio).penalty(0)
+        strength = method_of(lenet, penalty_ratio=ratio, input_groups=inputs).penalty(0)
         assert strength * norms / (strength * norms + math.log(10)) == pytest.approx(ratio, rel=0.1)
 
 

@@ -59,6 +59,15 @@ def test_mask_is_the_top_of_the_mean_score_weighted_by_samples(layout):
     assert new.mask.nonzero().squeeze(1).tolist() == [3, 9]
 
 
+def test_one_client_alone_scores_if_asked_for(layout):
+    method = method_of(layout, target_sparsity=1 - 1 / layout.prunable, scored_by="client")
+    scores = torch.zeros(2, layout.prunable)
+    scores[0, 3], scores[1, 11] = 0.4, 0.6
+    for first, kept in ((0, 3), (5, 11)):
+        new = method.merge(state_of(layout), {4: scored(scores[1], 90), first: scored(scores[0], 10)}, 0)
+        assert new.mask.nonzero().squeeze(1).tolist() == [kept]
+
+
 def test_permuting_the_scores_permutes_the_mask(layout):
     method = method_of(layout)
     scores = torch.rand(layout.prunable)
