@@ -31,6 +31,7 @@ from feddip_lite.studies import chosen, encrypted, equal_bytes, ingredients, sec
 from feddip_lite.studies.claims import RULE, claims_table
 from feddip_lite.studies.cost import figures as cost_figures
 from feddip_lite.studies.cost import tables as cost_tables
+from feddip_lite.studies.departures import departures_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report import answer_of
@@ -159,6 +160,7 @@ def generated_parts(root: Path) -> dict[tuple[str, str], str]:
         ("docs/methods.md", "methods"): methods_part(),
         ("docs/results.md", "results"): results_part(root),
         ("docs/claims.md", "claims"): claims_part(root),
+        ("docs/deviations.md", "departures"): departures_part(root),
         ("docs/cost.md", "cost"): cost_part(root),
         ("docs/bytes.md", "encryption"): encryption_part(root),
         ("docs/speed.md", "benchmark"): benchmark_part(root),
@@ -292,6 +294,16 @@ def claims_part(root: Path) -> str:
         f"- {runs['setting'].iloc[0]} (profile `{profile}`)" for (profile, _), runs in comparisons(root).items()
     )
     return "\n\n".join(part for part in (settings, markdown(table), RULE) if part)
+
+
+def departures_part(root: Path) -> str:
+    """What is recorded of forms that other codes have, in the setting of the main comparison."""
+    runs = comparisons(root).get(MAIN)
+    if runs is None:
+        return NOTHING
+    records = recorded(MAIN[0], root / "results")
+    table = departures_table(records[records["setting"].isin(runs["setting"])])
+    return f"{runs['setting'].iloc[0]} (profile `{MAIN[0]}`):\n\n{markdown(table)}" if len(table) else NOTHING
 
 
 def questions(root: Path) -> dict[int, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import Config
-from .names import ADDED, FORMS, NAMES, SHARED_START, any_of, describe, setting_of
+from .names import ADDED, FORMS, HEADLINE, NAMES, SHARED_START, any_of, describe, setting_of
 from .profiles import load_profile
 from .store import ROOT, load_results
 
@@ -49,8 +49,9 @@ def recorded(profile: str, folder: Path | None = None, **wanted) -> pd.DataFrame
 def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFrame]:
     """The recorded main comparisons of a profile: `<model>_<dataset>` -> runs, in the order of its queue.
 
-    They share the setting of the first run of that model and data set in the queue; ablations are left out. Where
-    FedDIP was not recorded with its own start yet, all are those of `shared_start`.
+    They share the setting of the first run of that model and data set in the queue. Ablations are left out, among them
+    other presets than `paper` of methods that are not the paper's own (docs/deviations.md). Where FedDIP was not
+    recorded with its own start yet, all are those of `shared_start`.
     """
     results, found, first = recorded(profile, folder), {}, {}
     for config in profile_queue(profile):
@@ -58,10 +59,10 @@ def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFram
     for name, config in first.items():
         settings = asdict(config.resolved())
         setting = setting_of(pd.Series(settings | {"initial_lr": settings["lr"]}))
-        alike = results[results["setting"] == setting]
+        alike = results[(results["setting"] == setting) & (results["classes_dealt"] == config.classes_dealt)]
         if NAMES["feddip"] not in set(alike["label"]):
             alike = shared_start(alike)
-        alike = alike[alike["changed"].isin(FORMS)]
+        alike = alike[alike["changed"].isin(FORMS) & (alike["method"].isin(HEADLINE) | (alike["preset"] == "paper"))]
         if alike["method"].nunique() > 1:
             found[name] = alike
     return found

@@ -241,11 +241,15 @@ def test_nothing_recorded_is_an_empty_frame_with_the_same_columns(results, monke
     assert set(empty.columns) >= {"label", "split", "setting", "mib", "seed", "run_id", "method"}
 
 
-def test_main_runs_leave_ablations_out(folder, monkeypatch):
-    monkeypatch.setattr(catalogue, "ROOT", folder.parent)
+def test_main_runs_leave_ablations_out(results, monkeypatch):
+    plain = results[results["label"] == "FedAvg"].drop(columns=list(catalogue.ADDED))
+    strays = ({"method": "prunetrain", "preset": "repo"}, {"partition": "pathological", "classes_dealt": "in_order"})
+    others = [describe(plain.assign(run_id=plain["run_id"] + "x", **stray)) for stray in strays]
+    monkeypatch.setattr(catalogue, "recorded", lambda profile, folder: pd.concat([results, *others]))
     monkeypatch.setattr(catalogue, "profile_queue", lambda profile: QUEUE)
-    forms = ["FedAvg", "FedDIP", "FedDIP (repo)", "FedDIP (upload = masked)"]
-    assert labels(main_runs("lite")["lenet5_digits"]) == forms
+    runs = main_runs("lite")["lenet5_digits"]
+    assert labels(runs) == ["FedAvg", "FedDIP", "FedDIP (repo)", "FedDIP (upload = masked)"]
+    assert set(runs["split"]) == {"IID", "2 classes per client"}
 
 
 def test_an_unknown_profile_is_refused_by_name():

@@ -1,4 +1,4 @@
-"""Laws of the questions about FedDIP's ingredients: which runs are compared, and what the words and figures say."""
+"""Laws of the questions that compare recorded runs: which are compared, and what the words and figures say."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from feddip_lite.core.schedules import penalty_at
 from feddip_lite.records.names import describe
 from feddip_lite.report.statistics import summaries
 from feddip_lite.studies import chosen, equal_bytes, start
+from feddip_lite.studies.departures import departures_table
 from feddip_lite.studies.ingredients import (
     FEEDBACK,
     PENALTIES,
@@ -137,3 +138,32 @@ def test_each_start_is_named_by_what_round_0_sees():
     found = start.starts(runs)
     assert sorted(found["start"]) == sorted([*start.STARTS.values(), start.UNPRUNED, *start.OTHERS])
     start.by_start({"LeNet-5": found}, "title")
+
+
+def test_departures_are_variants_minus_the_usual_form_and_both_ways_to_deal_classes():
+    in_order = {"partition": "pathological", "classes_dealt": "in_order"}
+    one_client = {"method_options": {"scored_by": "client"}}
+    means = [
+        ({"method": "snip"}, 0.5),
+        ({"method": "snip", **one_client}, 0.25),
+        ({"method": "snip", **one_client, "partition": "pathological"}, 0.9),  # stands alone: no difference
+        ({"method": "feddst"}, 0.4),
+        ({"method": "feddst", "preset": "repo"}, 0.7),
+        ({"method": "fedlp", "method_options": {"variant": "hetero"}}, 0.1),  # a form of its own
+        ({"method": "fedavg"}, 0.8),
+        ({}, 0.75),
+        ({"preset": "repo"}, 0.3),
+        ({"method": "fedavg", "partition": "pathological"}, 0.8),
+        ({"partition": "pathological"}, 0.7),
+        ({"method": "fedavg", **in_order}, 0.6),
+        (in_order, 0.4),
+    ]
+    runs = [({**own, "seed": seed}, {"accuracy": mean}) for own, mean in means for seed in (0, 1, 2)]
+    table = departures_table(recorded_runs(*runs))
+    assert [tuple(row) for row in table.to_numpy()] == [
+        ("FedDST (repo)", "FedDST", "IID", "+0.3000 ± 0.0000 (n=3)"),
+        ("SNIP (scored_by = client)", "SNIP", "IID", "-0.2500 ± 0.0000 (n=3)"),
+        ("FedDIP", "FedAvg", "2 classes per client", "-0.1000 ± 0.0000 (n=3)"),
+        ("FedDIP", "FedAvg", "2 classes per client, in order", "-0.2000 ± 0.0000 (n=3)"),
+    ]
+    assert departures_table(recorded_runs(*runs[:3])).empty
