@@ -27,6 +27,9 @@ export JUPYTER_DATA_DIR    := $(STATE)/jupyter/data
 export JUPYTER_RUNTIME_DIR := $(STATE)/jupyter/runtime
 export CUDA_CACHE_PATH     := $(STATE)/cuda
 
+# Tests side by side, a process per core, up to four: each holds torch.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 # Each target uses all cores by itself; side by side they would only disturb one another (and share one environment).
 .NOTPARALLEL:
@@ -45,8 +48,8 @@ doctor: $(READY) ## versions, GPU, data and disk; one line per fault
 	@$(PY) -P feddip_lite/doctor.py
 
 test: $(READY)   ## the tests, then every notebook with its quick profile
-	MPLBACKEND=Agg $(PY) -m pytest tests
-	$(PY) -m pytest --nbmake --nbmake-timeout=900 notebooks
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) tests
+	$(PY) -m pytest $(SIDE_BY_SIDE) --nbmake --nbmake-timeout=900 notebooks
 
 reproduce: $(READY) ## run all notebooks into build/$(PROFILE)/ and write one HTML report
 	$(PY) tools/reproduce.py --profile $(PROFILE)
