@@ -80,7 +80,7 @@ WRONG = [
     (["--method-options=[1]"], "method_options: [1]", "a mapping of option names to values"),
     (['--method-options={"upload": '], "method_options: ", "a mapping of option names to values"),
     (['--method-options={"uplaod": "masked"}'], "unknown name 'uplaod'", "(did you mean upload?); known: erk"),
-    (['--method-options={"upload": "sparse"}'], "upload: 'sparse'", "one of dense, masked"),
+    (['--method-options={"upload": "sparse"}'], "upload: 'sparse'", "one of dense, masked, screened"),
     (['--method-options={"server_memory": 1}'], "server_memory: 1", "true or false"),
     (['--method-options={"upload": "masked"}', "--preset=memory"], "upload: 'masked'", "'dense'"),
     (['--method-options={"mu": -1}', "--method=fedprox"], "mu: -1", "a number in [0, inf)"),

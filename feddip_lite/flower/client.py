@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
 from flwr.app import Context, RecordDict
 from flwr.app import Message as Envelope
 
@@ -33,10 +34,14 @@ from ..data.partition import Split
 from ..plugins import load_plugins
 from ..records.store import atomic_write
 from ..train.failures import check_client
+from ..train.inquiry import own_of, tell_client
 from ..train.round import train_client
 from ..train.run import running
 from ..train.setup import prepare
 from .wire import TOKEN, pack, received, typed, unpack
+
+OWN = "own"
+"""The file beside a client's memories that holds what its last training left, where a round has further exchanges."""
 
 
 def answering(work: Callable[[Envelope, Context], RecordDict]) -> Callable[[Envelope, Context], Envelope]:
@@ -78,8 +83,28 @@ def train(envelope: Envelope, context: Context) -> RecordDict:
         job = clients.workers.submit(train_client, method, offer, memory, clients, config, t, client)
         reply, memory, result = clients.workers.result(job, limit)
     check_client(reply, result, layout.prunable)
+    if method.inquires(t):
+        atomic_write(folder / OWN, encode(own_of(result).plus(round=torch.tensor([t]))))
     said = {"client": client, "run": config.run_id, "round": t, "loss": float(result.loss), "received": len(payload)}
     return pack({**said, TOKEN: keep(folder, t, memory, token) if memory else ""}, encode(reply))
+
+
+@answering
+def tell(envelope: Envelope, context: Context) -> RecordDict:
+    """A client's answer to a question of a round in which it has trained (`train/inquiry.py`)."""
+    config, client, (state, clients, method) = _site_of(context)
+    words, payload = unpack(envelope.content)
+    t, path = typed(words, "round", int), memories_of(context) / config.run_id / str(client) / OWN
+    layout, device = method.layout, state.weights.device
+    own = (
+        received(path.read_bytes(), layout, device) if path.exists() else Message(extras={"round": torch.tensor([-1])})
+    )
+    if own.extras["round"].tolist() != [t]:
+        raise ValueError(f"{path}: what training left in round {t} is not here")
+    with running(config):
+        job = clients.workers.submit(tell_client, method, received(payload, layout, device), own, t)
+        answer, _, _ = clients.workers.result(job)
+    return pack({"client": client, "run": config.run_id, "round": t, "received": len(payload)}, encode(answer))
 
 
 def _site_of(context: Context):

@@ -7,7 +7,7 @@ checked against what was asked and what was said in the handshake. Read before: 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -20,9 +20,10 @@ from .._version import __version__
 from ..config import Config
 from ..core.errors import ClientFailure, Diverged
 from ..core.flat import Layout
-from ..core.state import Memory
+from ..core.message import Message
+from ..core.state import EMPTY, Memory
 from ..train.round import Clients
-from .wire import TOKEN, pack, received, typed, unpack
+from .wire import TELL, TOKEN, pack, received, typed, unpack
 
 POLL_SECONDS = 0.1
 SPARE_SECONDS = 60.0  # for which Flower keeps a message that is waited for no more, so that it is we who say so
@@ -150,24 +151,43 @@ class Link:
     def exchange(self, offers: Mapping[int, bytes], memories: Mapping[int, Memory], t: int) -> dict[int, Future]:
         """Send round t's offers, wait for the replies. Returns a future per client, in the order of `offers`, that is
         done: (reply, memory, account), or what went wrong with this client. A memory here is a token, one tensor."""
-        nodes = self.find(offers)
-        sent = {
-            nodes[client][0]: pack({"round": t, TOKEN: token_of(memories.get(client))}, offer)
-            for client, offer in offers.items() if len(nodes[client]) == 1
-        }  # fmt: skip
-        answers = self.ask(sent, MessageType.TRAIN, self.reply_timeout)
-        futures = {}
-        for client, offer in offers.items():
+        contents = {
+            client: pack({"round": t, TOKEN: token_of(memories.get(client))}, offer) for client, offer in offers.items()
+        }
+
+        def outcome(words: dict, reply: Message, samples: int) -> tuple[Message, Memory, Account]:
+            token = typed(words, TOKEN, str)
+            memory = {TOKEN: torch.tensor(list(token.encode()), dtype=torch.uint8)} if token else {}
+            return reply, memory, Account(samples, typed(words, "loss", float))
+
+        return self._exchanged(contents, MessageType.TRAIN, t, outcome)
+
+    def inquire(self, questions: Mapping[int, bytes], t: int) -> dict[int, Future]:
+        """The same for a further exchange of round t: (answer, {}, None)."""
+        contents = {client: pack({"round": t}, question) for client, question in questions.items()}
+        return self._exchanged(contents, TELL, t, lambda words, answer, samples: (answer, EMPTY, None))
+
+    def _exchanged(
+        self, contents: Mapping[int, RecordDict], kind: str, t: int, outcome: Callable[[dict, Message, int], tuple]
+    ) -> dict[int, Future]:
+        """Send each client its content, wait for the answers. In each future is `outcome(words, answer, samples)`."""
+        nodes = self.find(contents)
+        sent = {nodes[client][0]: content for client, content in contents.items() if len(nodes[client]) == 1}
+        answers, futures = self.ask(sent, kind, self.reply_timeout), {}
+        for client, content in contents.items():
             futures[client] = Future()
             try:
-                outcome = self._outcome(client, nodes[client], answers, len(offer), t)
+                words, message = self._answer(client, nodes[client], answers, len(unpack(content)[1]), t)
+                made = outcome(words, message, self.claims[nodes[client][0]].samples)
             except Exception as error:
                 futures[client].set_exception(error)
             else:
-                futures[client].set_result(outcome)
+                futures[client].set_result(made)
         return futures
 
-    def _outcome(self, client: int, nodes: list[int], answers: Mapping[int, Envelope], sent: int, t: int):
+    def _answer(
+        self, client: int, nodes: list[int], answers: Mapping[int, Envelope], sent: int, t: int
+    ) -> tuple[dict, Message]:
         if len(nodes) != 1:
             others = "; ".join(self.refused.values())
             raise Refused(f"{len(nodes)} nodes claim to be it; expected one" + (f" ({others})" if others else ""))
@@ -177,10 +197,7 @@ class Link:
         for name, value in {"client": client, "run": self.run_id, "round": t, "received": sent}.items():
             if words.get(name) != value:
                 raise ValueError(f"the reply's {name}: {words.get(name)!r}; expected {value!r}")
-        token = typed(words, TOKEN, str)
-        memory = {TOKEN: torch.tensor(list(token.encode()), dtype=torch.uint8)} if token else {}
-        account = Account(self.claims[nodes[0]].samples, typed(words, "loss", float))
-        return received(payload, self.layout, self.device), memory, account
+        return words, received(payload, self.layout, self.device)
 
     def ask(self, contents: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[int, Envelope]:
         """Send each node its content. Returns what answered within `timeout` seconds, by node."""

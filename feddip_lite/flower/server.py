@@ -44,6 +44,11 @@ class Remote(Clients):
         sent = {client: encode(offer) for client, offer in offers.items()}
         return self.link.exchange(sent, state.memories, state.round)
 
+    def ask(
+        self, method: Method, questions: Mapping[int, Message], results: Mapping[int, object], t: int
+    ) -> dict[int, Future]:
+        return self.link.inquire({client: encode(question) for client, question in questions.items()}, t)
+
     def facts(self) -> dict:
         members = sorted(self.link.claims.values(), key=lambda member: member.client)
         clients = {str(m.client): {"samples": m.samples, "data": m.data} for m in members}

@@ -3,6 +3,8 @@
     server -> client   words: round, token (which memory the client holds)        payload: the offer
     client -> server   words: round, run, client, samples, loss, received, token  payload: the reply
                        or the one word `failure`
+    server -> client   words: round                                               payload: a question (`inquiry.py`)
+    client -> server   words: round, run, client, received                        payload: the answer
 
 Read next: `server.py` (the server's side), `client.py` (the client's).
 """
@@ -17,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from ..core.flat import Layout
 from ..core.message import Message, decode
 
+TELL = "train.tell"  # the type of messages that hold questions
 TOKEN = "token"  # names a memory that a client holds: its round and SHA-256; empty for none
 _WORDS, _PAYLOAD, _STYPE = "words", "payload", "feddip_lite.message"
 

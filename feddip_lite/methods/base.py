@@ -1,4 +1,4 @@
-"""`Method`: seven hooks with a plain default, masked SGD on a fixed mask and the weighted mean.
+"""`Method`: hooks with a plain default, masked SGD on a fixed mask and the weighted mean, in one exchange a round.
 
 A method is a frozen dataclass: its fields are its hyper-parameters, its hooks are pure functions. Fields that
 `Config` has too (target_sparsity, mask_interval, ...) get their value from there; the others are its
@@ -6,7 +6,7 @@ A method is a frozen dataclass: its fields are its hyper-parameters, its hooks a
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -133,6 +133,21 @@ class Method:
         """
         self.layout.check_packed(reply.values, state.mask if reply.mask is None else reply.mask)
         expect(reply, buffers=len(state.buffers))
+
+    def inquires(self, t: int) -> bool:
+        """Whether round t has exchanges after the first. Default: no."""
+        return False
+
+    def inquire(self, state: ServerState, replies: Replies, t: int) -> Generator[Message, Replies, Replies]:
+        """Further exchanges of a round that `inquires`: yields what every client of `replies` is asked, is sent their
+        answers by client id, and returns the replies as `merge` is to read them. A question with a mask asks for the
+        weights that it keeps, one without for a mask. Should a client fail, it begins again with the others."""
+        raise NotImplementedError
+        yield
+
+    def tell(self, question: Message, own: Message, t: int) -> Message:
+        """A client's answer in round t. `own`: the dense weights (n,) that training left, and its plan's mask."""
+        raise NotImplementedError
 
     def merge(self, state: ServerState, replies: Replies, t: int) -> ServerState:
         """The state after round t, from `replies` by client id. Default: weighted means, same mask."""

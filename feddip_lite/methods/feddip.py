@@ -5,6 +5,7 @@ D13, D17), each choice is an option; `repo` takes the code's side and `memory` a
 (docs/deviations.md).
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,7 +54,11 @@ class FedDP(Method):
         one_of("memory", "clipped", "zero"),
         "where a weight that returns begins: at its dense value, at most at the smallest magnitude kept, at zero",
     )
-    upload: str = setting("dense", one_of("dense", "masked"), "what goes up: all, or only what counts (D10)")
+    upload: str = setting(
+        "dense",
+        one_of("dense", "masked", "screened"),
+        "what goes up: all, or only what counts, if a mask is chosen after further exchanges that find it (D10)",
+    )
     bn_statistics: str = setting("masked", one_of("masked", "dense"), "model whose batches feed BatchNorm (D12)")
     test_leak: bool = setting(False, flag(), "BatchNorm also sees the client's test images before the upload (D13)")
     normalisation: str = setting("correct", one_of("correct", "published"), "of CIFAR-100's images (D17)")
@@ -71,8 +76,8 @@ class FedDP(Method):
     }
 
     def __post_init__(self):
-        if self.upload == "masked" and self.server_memory:
-            raise ValueError("upload: 'masked' is not valid with server_memory; the memory needs 'dense' uploads")
+        if self.upload != "dense" and self.server_memory:
+            raise ValueError(f"upload: {self.upload!r} is not valid with server_memory, which needs 'dense' uploads")
 
     def start(self) -> tuple[Tensor, Memory]:
         if self.erk != "shared":
@@ -109,13 +114,46 @@ class FedDP(Method):
         return plan
 
     def reply(self, result: LocalResult, memory: Memory, t: int) -> tuple[Message, Memory]:
-        # Packing is exact where the server would not look at the pruned part: whenever it chooses no mask, and
-        # always if it chooses from the masked average. In round 0 a client's own mask is unknown to the server.
-        counts_only_kept = self.mask_source == "masked_average" or not self.chooses_mask(t)
-        own_mask = t == 0 and self.erk == "per_client"
-        if self.upload == "masked" and counts_only_kept and not own_mask:
+        if self.upload != "dense" and self.knows_masks(t) and (not self.reads_pruned(t) or self.inquires(t)):
             return super().reply(result, memory, t)
         return message_of(result, result.weights), memory
+
+    def knows_masks(self, t: int) -> bool:
+        """Whether the server knows the masks that clients train under: not those that are their own, of round 0."""
+        return t > 0 or self.erk != "per_client"
+
+    def reads_pruned(self, t: int) -> bool:
+        """Whether the server looks at pruned weights in round t: to choose a mask, but from the masked average."""
+        return self.chooses_mask(t) and self.mask_source == "dense_average"
+
+    def inquires(self, t: int) -> bool:
+        return self.upload == "screened" and self.reads_pruned(t) and self.knows_masks(t)
+
+    def inquire(self, state, replies: Replies, t: int) -> Generator[Message, Replies, Replies]:
+        """Which pruned weights can enter the new mask, of k weights? Those of which a client's own is at least tau, the
+        k-th largest magnitude of the mean's kept part: others only raise it, and |sum_n rho_n w_n| <= max_n |w_n|.
+        Where more are to be kept than are now, tau = 0. Of all the rest the mask is the same as if it were 0."""
+        mask, prunable = state.mask, self.layout.prunable
+        if mask.all():
+            return replies
+        kept = self.mean_weights(state, replies)[:prunable][mask].abs()
+        count = num_kept(self.sparsity(t), prunable)
+        threshold = kept.topk(count).values[-1:] if 0 < count <= len(kept) else kept.new_zeros(1)
+        named = yield Message(None, None, {"threshold": threshold})
+        wanted = torch.stack([answer.mask for answer in named.values()]).any(0) & ~mask
+        if not wanted.any():
+            return replies
+        found = yield Message(None, wanted)
+        dense = {client: self.layout.unpack(reply.values, mask) for client, reply in replies.items()}
+        for client, weights in dense.items():
+            weights[:prunable][wanted] = found[client].values
+        return {client: replace(reply, values=dense[client]) for client, reply in replies.items()}
+
+    def tell(self, question: Message, own: Message, t: int) -> Message:
+        weights = own.values[: self.layout.prunable]
+        if question.mask is not None:
+            return Message(weights[question.mask])
+        return Message(None, ~own.mask & (weights.abs() >= question.extras["threshold"]))
 
     def chooses_mask(self, t: int) -> bool:
         """Whether the server chooses a new mask at the end of round t."""
@@ -128,9 +166,12 @@ class FedDP(Method):
         if not self.chooses_mask(t):
             return new
         source = new.weights if self.mask_source == "dense_average" else self.layout.masked(new.weights, new.mask)
-        sparsity = sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
-        mask = self.magnitude_mask(source, sparsity)
+        mask = self.magnitude_mask(source, self.sparsity(t))
         return replace(new, mask=mask, weights=self.readmitted(new.weights, mask, mask & ~state.mask))
+
+    def sparsity(self, t: int) -> float:
+        """Of the mask that is chosen in round t."""
+        return sparsity_at(t, self.initial_sparsity, self.target_sparsity, self.rounds)
 
     def magnitude_mask(self, weights: Tensor, sparsity: float) -> Tensor:
         """The global mask (P,) of this sparsity that keeps the largest of the prunable `weights` (n,)."""

@@ -5,9 +5,10 @@ Whatever goes wrong, the server's state is a value that nobody has touched: a ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -44,6 +45,9 @@ def check_client(reply: Message, result: LocalResult, prunable: int) -> None:
         raise ValueError(f"the reply's samples: {claimed} is not valid; expected [{result.samples}]")
 
 
+Taken = TypeVar("Taken")
+
+
 @dataclass(frozen=True)
 class Collected:
     """What came of a cohort, by client id in ascending order: replies as they travelled (`answers`) and as their method
@@ -56,8 +60,14 @@ class Collected:
     results: dict[int, LocalResult] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
+    def without(self, lost: Mapping[int, str]) -> Collected:
+        """The same as if these clients had failed, for these reasons, before they replied."""
+        parts = (self.answers, self.replies, self.memories, self.estimates, self.results)
+        left = ({client: part[client] for client in part if client not in lost} for part in parts)
+        return Collected(*left, {**self.skipped, **lost})
 
-def collect(
+
+def collect_replies(
     jobs: Mapping[int, Job],
     workers: Workers,
     method: Method,
@@ -70,36 +80,52 @@ def collect(
     A reply is looked at as it comes, by `check_client` and by the method's own `accept`: what is here can be merged.
 
     Raises:
+        ClientFailure: as `collect`.
+    """
+    found = Collected()
+
+    def take(client: int, outcome: tuple[Message, Memory, LocalResult]) -> None:
+        answer, memory, result = outcome
+        check_client(answer, result, len(state.mask))
+        reply, estimate = taken(method, answer, offers[client], state.estimates.get(client))
+        method.accept(state, reply, state.round)
+        found.answers[client], found.replies[client], found.results[client] = answer, reply, result
+        if memory:
+            found.memories[client] = memory
+        if estimate is not None:
+            found.estimates[client] = estimate
+
+    return replace(found, skipped=collect(jobs, workers, state.round, config, take)[1])
+
+
+def collect(
+    jobs: Mapping[int, Job], workers: Workers, t: int, config: Config, take: Callable[[int, tuple], Taken]
+) -> tuple[dict[int, Taken], dict[int, str]]:
+    """Wait for all clients, and `take(client, outcome)` what each has made, as it comes. Returns what that gave, and
+    why clients were skipped: whatever went wrong, there or in `take`, is the policy's to judge.
+
+    Raises:
         ClientFailure: under "abort", of the first client that failed, when none is running any more; and if every one
             failed.
     """
-    found, errors = Collected(), []
+    found, skipped, errors = {}, {}, []
     # A client looks at the clock itself, between batches; only one that does not even do that is given up.
     limit = None if config.client_timeout is None else 2 * config.client_timeout
     for client, job in jobs.items():
         try:
-            answer, memory, result = workers.result(job, limit)
-            check_client(answer, result, len(state.mask))
-            reply, estimate = taken(method, answer, offers[client], state.estimates.get(client))
-            method.accept(state, reply, state.round)
-        except (Exception, SystemExit) as error:  # any failure of a client is the policy's to judge
+            found[client] = take(client, workers.result(job, limit))
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
             if config.on_client_failure == "abort":
                 _end(jobs, workers, limit)
-                raise ClientFailure(f"round {state.round}, client {client}: {reason}") from error
-            found.skipped[client] = reason
+                raise ClientFailure(f"round {t}, client {client}: {reason}") from error
+            skipped[client] = reason
             errors.append(error)
-        else:
-            found.answers[client], found.replies[client], found.results[client] = answer, reply, result
-            if memory:
-                found.memories[client] = memory
-            if estimate is not None:
-                found.estimates[client] = estimate
-    if not found.replies:
+    if not found:
         cause = errors[-1] if all(isinstance(error, Diverged) for error in errors) else None
-        client, reason = next(reversed(found.skipped.items()))
-        raise ClientFailure(f"round {state.round}: every client failed; client {client}: {reason}") from cause
-    return found
+        client, reason = next(reversed(skipped.items()))
+        raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}") from cause
+    return found, skipped
 
 
 def _end(jobs: Mapping[int, Job], workers: Workers, limit: float | None) -> None:

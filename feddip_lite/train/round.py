@@ -2,6 +2,7 @@
 
     for each client of the cohort:   offer -> plan -> local update -> reply         then   merge
 
+A method may ask for more before it merges (`inquiry.py`).
 What the codecs of `transport.py` make of offers and replies is what travels; without codecs they travel as they are.
 State is a value; all that one round leaves to the next is in `ServerState`. Read before: `methods/base.py` (the hooks);
 after: `client.py` (what a client does), `run.py` (many rounds make a run).
@@ -26,7 +27,8 @@ from ..core.state import EMPTY, Memory, ServerState
 from ..data.datasets import Dataset
 from ..methods.base import Method, samples_of
 from .client import local_update, see_test_images
-from .failures import collect
+from .failures import collect_replies
+from .inquiry import Asked, inquired, own_of, tell_client
 from .mask_cache import held_part, packed
 from .transport import answered, is_coded, methods_part, received, sent
 from .workers import Workers
@@ -57,6 +59,20 @@ class Clients:
             for client, offer in offers.items()
         }
 
+    def ask(
+        self,
+        method: Method,
+        questions: Mapping[int, Message],
+        results: Mapping[int, LocalResult],
+        t: int,
+    ) -> dict[int, Future]:
+        """Hand every question of a further exchange to its client, whose training has left a result. Returns what each
+        makes of it: a future (answer, {}, None)."""
+        return {
+            client: self.workers.submit(tell_client, method, question, own_of(results[client]), t)
+            for client, question in questions.items()
+        }
+
     def facts(self) -> dict:
         """What a run's provenance says of these clients."""
         return {"split_sha256": self.split_sha256, **({"trained": "together"} if self.together else {})}
@@ -69,12 +85,14 @@ class Clients:
 @dataclass(frozen=True)
 class Exchange:
     """What travelled in a round, for those who look at runs: the state before it, offers and replies by client id, as
-    they travelled, and what training left at clients in this process (of others there is only an account)."""
+    they travelled, what training left at clients in this process (of others there is only an account), and the
+    `further` exchanges of the round, each questions and answers."""
 
     before: ServerState
     offers: Mapping[int, Message]
     replies: Mapping[int, Message]
     results: Mapping[int, LocalResult]
+    further: tuple[Asked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,14 +132,15 @@ def run_round(state: ServerState, clients: Clients, method: Method, config: Conf
     offers = {client: method.offer(state, t, client) for client in sample_cohort(config, t)}
     travelling = {client: sent(method, offer, t, client, state.held.get(client)) for client, offer in offers.items()}
     jobs = clients.deliver(method, travelling, state, config)  # each: plan -> local update -> reply, `train_client`
-    found = collect(jobs, clients.workers, method, offers, state, config)
+    found = collect_replies(jobs, clients.workers, method, offers, state, config)
+    found, further = inquired(found, clients, method, state, config)
     merged = method.merge(state, found.replies, t)
     if config.final_prune and t == config.rounds - 1:
         merged = pruned_to(merged, config.target_sparsity)
     memories, estimates = {**state.memories, **found.memories}, {**state.estimates, **found.estimates}
     held = held_by(method, {client: offers[client].mask for client in found.replies})
     new = replace(merged, memories=memories, estimates=estimates, held={**state.held, **held})
-    exchange = Exchange(state, travelling, found.answers, found.results)
+    exchange = Exchange(state, travelling, found.answers, found.results, further)
     return new, record_of(new, exchange, found.skipped, method, config)
 
 
@@ -197,14 +216,15 @@ def record_of(
     samples = samples_of(replies)
     loss = sum(float(replies[client].extras["loss"][0]) * count for client, count in samples.items())
     prunable = new.weights[: len(new.mask)]
+    down, up = zip((exchange.offers, replies), *exchange.further, strict=True)
     return RoundRecord(
         round=t,
         train_loss=loss / sum(samples.values()),
         sparsity=1 - density(prunable * new.mask),
         lr=config.lr_at(t),
         penalty=method.penalty(t),
-        up_bytes=sum(num_bytes(reply) for reply in replies.values()),
-        down_bytes=sum(num_bytes(offer) for offer in exchange.offers.values()),
+        up_bytes=sum(num_bytes(message) for messages in up for message in messages.values()),
+        down_bytes=sum(num_bytes(message) for messages in down for message in messages.values()),
         regrown=int((new.mask & ~state.mask).count_nonzero()),
         pruning_error=pruning_error(prunable, new.mask),
         skipped=skipped,

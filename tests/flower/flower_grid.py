@@ -53,7 +53,8 @@ class Grid:
         kind, own = envelope.metadata.message_type, self.nodes[envelope.metadata.dst_node_id]
         folder = {"memories": str(self.folder / f"client {own['partition-id']}")}
         context = SimpleNamespace(node_config={**folder, **own}, run_config=self.settings)
-        answer = {"query": flower_client.query, "train": flower_client.train}[kind](envelope, context)
+        work = {"query": flower_client.query, "train": flower_client.train, "train.tell": flower_client.tell}
+        answer = work[kind](envelope, context)
         spoilt = self.spoil(own["partition-id"], kind, *unpack(answer.content))
         if spoilt is None:
             return None

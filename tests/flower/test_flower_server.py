@@ -67,6 +67,7 @@ def test_the_same_bits_as_in_one_process(method, tmp_path):
 Q = "qsgd:8:512"
 CODED = {
     "X4": {"method_options": {"upload": "masked", "mask_source": "masked_average"}, "up": Q, "down": Q},
+    "screened": {"method_options": {"upload": "screened"}, "mask_interval": 1, "partition": "pathological"},
     "X4t": {"preset": "memory", "up": Q, "up_pruned": "ternary:512", "down": Q},
     "Fed-EF": {"method": "fedavg", "up": "topk:0.01", "up_feedback": "ef"},
     "X6": {
@@ -90,6 +91,23 @@ def test_coded_values_are_the_same_bytes_and_bits_as_in_one_process(name, tmp_pa
         assert sha256_of({str(k): v for k, v in here_.items()}) == sha256_of({str(k): v for k, v in there.items()})
     digests = {client: sha256_of(memory) for client, memory in expected.state.memories.items()}
     assert {client: token_of(memory).partition("-")[2] for client, memory in found.state.memories.items()} == digests
+
+
+def test_a_client_that_lost_what_its_training_left_says_so_and_nothing_is_merged(tmp_path):
+    class Forgetful(Grid):
+        def push_messages(self, envelopes):
+            if envelopes[0].metadata.message_type == "train.tell":
+                for path in self.folder.rglob("own"):
+                    path.unlink()
+            return super().push_messages(envelopes)
+
+    config = tiny_config(width=0.1, **CODED["screened"])
+    progress, advance = start(config, over(Forgetful(config, tmp_path)))
+    advance()  # round 0 asks nothing
+    before = progress.state
+    with pytest.raises(ClientFailure, match="round 1, client .*own: what training left in round 1 is not here"):
+        advance()
+    assert progress.state is before
 
 
 def test_a_reply_in_another_code_is_its_clients_failure(tmp_path):

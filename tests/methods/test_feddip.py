@@ -309,10 +309,11 @@ def test_masked_upload_gives_the_same_sparse_models_and_masks_as_the_dense_with_
         assert (b_record.up_bytes < a_record.up_bytes) == packed
 
 
-@pytest.mark.parametrize("options", [{"server_memory": True}, {"server_memory": True, "mask_source": "masked_average"}])
-def test_masked_upload_is_refused_with_server_memory(layout, options):
-    with pytest.raises(ValueError, match="upload: 'masked' is not valid with server_memory"):
-        method_of(layout, upload="masked", **options)
+@pytest.mark.parametrize("upload", ["masked", "screened"])
+@pytest.mark.parametrize("options", [{}, {"mask_source": "masked_average"}])
+def test_an_upload_of_less_than_all_is_refused_with_server_memory(layout, options, upload):
+    with pytest.raises(ValueError, match=f"upload: '{upload}' is not valid with server_memory"):
+        method_of(layout, upload=upload, server_memory=True, **options)
 
 
 @pytest.mark.parametrize(

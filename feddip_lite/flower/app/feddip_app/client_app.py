@@ -2,8 +2,9 @@
 
 from flwr.clientapp import ClientApp
 
-from feddip_lite.flower.client import query, train
+from feddip_lite.flower.client import query, tell, train
 
 app = ClientApp()
 app.query()(query)
 app.train()(train)
+app.train("tell")(tell)
