@@ -131,8 +131,8 @@ class FedDP(Method):
 
     def inquire(self, state, replies: Replies, t: int) -> Generator[Message, Replies, Replies]:
         """Which pruned weights can enter the new mask, of k weights? Those of which a client's own is at least tau, the
-        k-th largest magnitude of the mean's kept part: others only raise it, and |sum_n rho_n w_n| <= max_n |w_n|.
-        Where more are to be kept than are now, tau = 0. Of all the rest the mask is the same as if it were 0."""
+        k-th largest magnitude of the mean's kept part: what enters only raises it, and |sum_n rho_n w_n| <= max_n |w_n|.
+        All others count as 0 from here on, and the mask is the same. tau = 0 if more are to be kept than are now."""
         mask, prunable = state.mask, self.layout.prunable
         if mask.all():
             return replies
