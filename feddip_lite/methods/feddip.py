@@ -131,7 +131,7 @@ class FedDP(Method):
 
     def inquire(self, state, replies: Replies, t: int) -> Generator[Message, Replies, Replies]:
         """Which pruned weights can enter the new mask, of k weights? Those of which a client's own is at least tau, the
-        k-th largest magnitude of the mean's kept part: what enters only raises it, and |sum_n rho_n w_n| <= max_n |w_n|.
+        k-th largest magnitude of the mean's kept part: what enters only raises it, and |sum rho_n w_n| <= max |w_n|.
         All others count as 0 from here on, and the mask is the same. tau = 0 if more are to be kept than are now."""
         mask, prunable = state.mask, self.layout.prunable
         if mask.all():
