@@ -23,6 +23,7 @@ import test_failures
 import test_faults
 import test_files
 import test_fuzz
+import test_inquiry
 import test_long_run
 import test_message
 import test_notebook_failures
@@ -195,6 +196,14 @@ PROMISES = {
                 test_failures.test_several_clients_that_never_answer_are_all_given_up_and_the_run_goes_on,
                 test_run.test_skipped_clients_are_recorded_beside_the_results,
                 test_round.test_round_in_which_every_client_fails_stops_the_run_even_under_skip,
+            ),
+        ),
+        Promise(
+            "A client that fails when it is asked once more is one that failed in its round: the rest is merged as if it "
+            "had never replied, to the bit, or nothing is.",
+            one(
+                test_inquiry.test_a_client_lost_in_a_further_exchange_is_one_that_failed_in_the_round,
+                test_inquiry.test_under_abort_a_bad_answer_names_round_and_client_and_leaves_the_state_alone,
             ),
         ),
         Promise(
