@@ -199,8 +199,8 @@ PROMISES = {
             ),
         ),
         Promise(
-            "A client that fails when it is asked once more is one that failed in its round: the rest is merged as if it "
-            "had never replied, to the bit, or nothing is.",
+            "A client that fails when it is asked once more is one that failed in its round: the rest is merged as if "
+            "it had never replied, to the bit, or nothing is.",
             one(
                 test_inquiry.test_a_client_lost_in_a_further_exchange_is_one_that_failed_in_the_round,
                 test_inquiry.test_under_abort_a_bad_answer_names_round_and_client_and_leaves_the_state_alone,
