@@ -27,7 +27,16 @@ from feddip_lite.report import curves, diagrams
 from feddip_lite.report.statistics import interval, paired, quantity
 from feddip_lite.report.style import grid, headed, name_points, save_figure, style
 from feddip_lite.report.tables import NOTE, NOTHING, assumptions, circumstances, methods_table, results_table
-from feddip_lite.studies import chosen, encrypted, equal_bytes, ingredients, second_order, sparsity_sweep, start
+from feddip_lite.studies import (
+    chosen,
+    encrypted,
+    equal_bytes,
+    ingredients,
+    recipes,
+    second_order,
+    sparsity_sweep,
+    start,
+)
 from feddip_lite.studies.claims import RULE, claims_table
 from feddip_lite.studies.cost import figures as cost_figures
 from feddip_lite.studies.cost import tables as cost_tables
@@ -115,6 +124,19 @@ def cost(root: Path) -> Named:
         yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
 
 
+def forms(root: Path) -> pd.DataFrame | None:
+    """The main comparison, and what only travels otherwise; None before anything is recorded."""
+    runs = comparisons(root).get(MAIN)
+    return None if runs is None else recipes.forms(recorded(MAIN[0], root / "results"), runs)
+
+
+def coded(root: Path) -> Named:
+    """Accuracy against bytes of every method and every way to send it, as soon as one of these is recorded."""
+    runs = forms(root)
+    if runs is not None and set(recipes.RECIPES) & set(runs["label"]):
+        yield "recipes", curves.accuracy_for_bytes(runs, "Recorded, profile lite")
+
+
 def encryption(root: Path) -> Named:
     """What a round costs under encryption, by how much is kept."""
     rows = encrypted.read_encrypted(root / "benchmarks")
@@ -145,7 +167,7 @@ def findings(root: Path) -> Named:
         yield "equal_bytes", equal_bytes.for_equal_bytes(forms, f"{title}: dense models for FedDIP's bytes")
 
 
-PARTS = (workflow, first_look, accuracies, extreme, cost, encryption, findings)
+PARTS = (workflow, first_look, accuracies, extreme, cost, coded, encryption, findings)
 
 
 # ---- README and docs
@@ -162,6 +184,7 @@ def generated_parts(root: Path) -> dict[tuple[str, str], str]:
         ("docs/claims.md", "claims"): claims_part(root),
         ("docs/deviations.md", "departures"): departures_part(root),
         ("docs/cost.md", "cost"): cost_part(root),
+        ("docs/bytes.md", "recipes"): recipes_part(root),
         ("docs/bytes.md", "encryption"): encryption_part(root),
         ("docs/speed.md", "benchmark"): benchmark_part(root),
         **{("docs/findings.md", f"question-{number}"): text for number, text in questions(root).items()},
@@ -335,6 +358,15 @@ def cost_part(root: Path) -> str:
     sizes = cost_tables.models_table(record["models"][record["models"]["target"] == 0.9])
     said = cost_tables.reading(record["clients"], record["times"])
     return "\n\n".join([markdown(sizes), said, cost_tables.circumstances(record)])
+
+
+def recipes_part(root: Path) -> str:
+    """The most accurate form for each budget of bytes, with its figure as soon as it is drawn."""
+    runs, figure = forms(root), root / "figures" / "recipes.png"
+    if runs is None:
+        return NOTHING
+    shown = [f"![Final accuracy of every form against its bytes](../figures/{figure.name})"] * figure.exists()
+    return "\n\n".join([*shown, markdown(recipes.advice_table(runs))])
 
 
 def encryption_part(root: Path) -> str:

@@ -70,6 +70,12 @@ def describe(results: pd.DataFrame) -> pd.DataFrame:
     return results.assign(**named, mib=travelled / 2**20)
 
 
+def label_of(config: Config) -> str:
+    """The `label` of a run of this configuration."""
+    settings = asdict(config.resolved())
+    return _label(pd.Series({**settings, "method_options": json.dumps(settings["method_options"])}))
+
+
 def labels(results: pd.DataFrame) -> list[str]:
     """The methods that occur, in the order of `METHODS`, by name those that are not among them."""
     order = {title_of(name): place for place, name in enumerate(METHODS)}

@@ -133,7 +133,7 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
     figure, axes = style.grid(1, len(splits_shown), 4.2)
     panels = dict(zip(splits_shown, axes[0], strict=True))
     points = {split: bytes_panel(panel, results, split) for split, panel in panels.items()}
-    runs = headline(comparable(results[results["preset"] != "memory"]))
+    runs = headline(comparable(results[_shown(results)]))
     style.family_legend(figure, [name for name in FAMILIES if name in set(runs["method"].map(family_of))])
     seeds = counted(title, runs.groupby(["split", "label"]).size())
     style.headed(figure, seeds, results["setting"].iloc[0], BYTES_WORDS)
@@ -157,7 +157,7 @@ def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[fl
 
     Returns: the points and their names, for `style.name_points` to write when nothing moves any more.
     """
-    every = told_apart(results[results["preset"] != "memory"])
+    every = told_apart(results[_shown(results)])
     runs = headline(comparable(every))
     own = _minus_reference(runs[runs["split"] == split])
     points = [_point(panel, own[own["label"] == label], label) for label in labels(own)]
@@ -171,6 +171,10 @@ def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[fl
     if own.groupby("label").size().max() < 3:
         _seed_bar(panel, headline(every[every["split"] == split]))
     return points
+
+
+def _shown(results: pd.DataFrame) -> pd.Series:
+    return ~results["label"].str.endswith("(memory)")
 
 
 def _minus_reference(runs: pd.DataFrame) -> pd.DataFrame:

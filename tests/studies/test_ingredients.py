@@ -10,9 +10,10 @@ import pytest
 
 from feddip_lite import Config
 from feddip_lite.core.schedules import penalty_at
-from feddip_lite.records.names import describe
+from feddip_lite.records.names import describe, label_of
+from feddip_lite.report import curves
 from feddip_lite.report.statistics import summaries
-from feddip_lite.studies import chosen, equal_bytes, start
+from feddip_lite.studies import chosen, equal_bytes, recipes, start
 from feddip_lite.studies.departures import departures_table
 from feddip_lite.studies.ingredients import (
     FEEDBACK,
@@ -167,3 +168,42 @@ def test_departures_are_variants_minus_the_usual_form_and_both_ways_to_deal_clas
         ("FedDIP", "FedAvg", "2 classes per client, in order", "-0.2000 ± 0.0000 (n=3)"),
     ]
     assert departures_table(recorded_runs(*runs[:3])).empty
+
+
+def test_the_advice_for_a_budget_is_the_most_accurate_form_within_it_and_fedavg_stopped_there():
+    def costing(share, accuracy):  # of FedAvg's 2**20 bytes a round
+        return {"accuracy": accuracy, "up_bytes": round(share * 2**20), "down_bytes": 0}
+
+    rising = {**costing(1.0, 0), "accuracy": [t / ROUNDS for t in range(ROUNDS)]}
+    x4 = recipes.RECIPES["FedDIP X4"]
+    own = {"up": x4.up, "down": x4.down, "method_options": {"upload": "masked", "mask_source": "masked_average"}}
+    three = [
+        ({"method": "fedavg"}, rising),
+        ({}, costing(0.6, 0.9)),
+        ({"method": "snip"}, costing(0.095, 0.3)),
+        ({"method": "feddst"}, costing(0.09, 0.2)),
+    ]
+    usual = recorded_runs(*(({**run, "seed": seed}, columns) for run, columns in three for seed in (0, 1, 2)))
+    coded = [({**own, "seed": seed}, costing(0.06, 0.8)) for seed in (0, 1, 2)]
+    assert set(recipes.forms(pd.concat([usual, recorded_runs(*coded[:2])]), usual)["label"]) == set(usual["label"])
+    runs = recipes.forms(pd.concat([usual, recorded_runs(*coded)]), usual)
+    assert set(runs["label"]) == {*usual["label"], "FedDIP X4"}
+    curves.accuracy_for_bytes(runs, "title")
+    table = recipes.advice_table(runs).set_index("at most")
+    assert table["most accurate"].to_dict() == {
+        "5%": "-", "10%": "FedDIP X4", "20%": "FedDIP X4", "35%": "FedDIP X4", "65%": "FedDIP",
+    }  # fmt: skip
+    end = np.mean(rising["accuracy"][-10:])
+    assert table.loc["10%", "accuracy minus FedAvg's"] == f"{0.8 - end:+.4f} ± 0.0000 (n=3)"
+    assert table.loc["10%", "of FedAvg's bytes"] == "0.060"
+    stopped = np.mean(rising["accuracy"][: ROUNDS // 5])
+    assert table.loc["20%", "FedAvg, stopped there"] == f"{stopped - end:+.4f} ± 0.0000 (n=3)"
+    later = recipes.advice_table(usual).set_index("at most")["most accurate"]
+    assert later.to_dict() == {"5%": "-", "10%": "SNIP", "20%": "SNIP", "35%": "SNIP", "65%": "FedDIP"}
+    assert recipes.stopped(usual[usual["label"] == "FedAvg"], 1.0) == [0.0, 0.0, 0.0]
+
+
+def test_a_configurations_label_is_that_of_its_record():
+    for config in recipes.RECIPES.values():
+        changes = {name: value for name, value in asdict(config).items() if value != getattr(Config(), name)}
+        assert recorded_runs((changes, {}))["label"].unique().tolist() == [label_of(config)]

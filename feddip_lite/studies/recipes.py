@@ -1,0 +1,76 @@
+"""Which method, sent how, for a budget of bytes? Recorded forms of the main comparison, against FedAvg stopped there.
+
+Results come as `records.names.describe` returns them.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ..config import Config
+from ..records.names import label_of, labels, splits
+from ..records.store import HEADLINE_ROWS, headline
+from ..report.statistics import interval, paired, quantity
+
+_KEPT = {"upload": "masked", "mask_source": "masked_average"}
+_BITS = {"up": "qsgd:8:512", "down": "qsgd:8:512"}
+_MEMORY = {"preset": "memory", "up_pruned": "ternary:512", **_BITS}
+RECIPES = {
+    "FedDIP X4": Config(method_options=_KEPT, **_BITS),
+    "FedDIP X4t": Config(method_options={"reentry": "zero"}, **_MEMORY),
+    "FedDIP X4t, from memory": Config(**_MEMORY),
+    "FedDIP X6": Config(method_options=_KEPT, mask_cache=True, **_BITS),
+    "FedDIP, masked average": Config(method_options=_KEPT),
+    "FedPAQ": Config(method="fedavg", up=_BITS["up"]),
+    "Fed-EF": Config(method="fedavg", up="topk:0.01", up_feedback="ef"),
+    "FedSparsify-Global, 8 bits": Config(method="fedsparsify_global", **_BITS),
+}
+"""What docs/bytes.md calls them."""
+BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.65)
+"""Shares of FedAvg's bytes."""
+DENSE = "FedAvg"
+
+
+def forms(results: pd.DataFrame, usual: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the `usual` comparison (`main_runs`), and those of `results` that travel otherwise, under their names
+    in RECIPES: such as have every partition and seed of the usual ones."""
+    named = {label_of(config): name for name, config in RECIPES.items()}
+    coded = results[results["setting"].isin(usual["setting"]) & results["label"].isin(named)]
+    wanted, found = _places(usual), {label: _places(own) for label, own in coded.groupby("label")}
+    coded = coded[coded["label"].map(found).map(wanted.issubset).astype(bool)]
+    return pd.concat([usual, coded.assign(label=coded["label"].map(named))])
+
+
+def _places(runs: pd.DataFrame) -> set[tuple[str, int]]:
+    return set(zip(runs["split"], runs["seed"], strict=True))
+
+
+def advice_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per partition and budget, of FedAvg's bytes under the same seed: the form of `forms` that is most accurate
+    among those that cost no more, what it costs, and its final accuracy minus FedAvg's; beside it FedAvg, stopped when
+    the budget is spent. Differences are paired by seed, means with 95 % intervals; "-": none costs as little."""
+    rows = []
+    for split in splits(runs):
+        own = runs[runs["split"] == split]
+        finals = headline(own)
+        gains = {label: paired(finals, label, DENSE) for label in labels(finals) if label != DENSE}
+        costs = {label: paired(finals, label, DENSE, "mib", ratio=True) for label in gains}
+        for budget in BUDGETS:
+            within = [label for label in gains if len(costs[label]) and costs[label].max() <= budget]
+            best = max(within, key=lambda label: interval(gains[label])[0], default=None)
+            row = {"partition": split, "at most": f"{budget:.0%}", "most accurate": best or "-"}
+            row["of FedAvg's bytes"] = f"{costs[best].mean():.3f}" if best else "-"
+            row["accuracy minus FedAvg's"] = quantity(gains[best], sign="+") if best else "-"
+            row["FedAvg, stopped there"] = quantity(stopped(own[own["label"] == DENSE], budget), sign="+")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def stopped(dense: pd.DataFrame, budget: float) -> list[float]:
+    """Accuracy of each run, the mean of its last rows within a share of its bytes, minus that at its end."""
+    found = []
+    for _, run in dense.sort_values("round").groupby("seed"):
+        within = run[run["mib"] <= budget * run["mib"].max()]
+        ends = (rows["accuracy"].tail(HEADLINE_ROWS).mean() for rows in (within, run))
+        found.append(next(ends) - next(ends))
+    return found
