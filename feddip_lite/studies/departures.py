@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ..records.names import FORMS, HEADLINE, labels, title_of
+from ..records.names import FORMS, HEADLINE, labels, splits, title_of
 from ..records.store import headline
 from ..report.statistics import paired, quantity
 
@@ -23,7 +23,8 @@ def departures_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     runs = headline(results)
     rows = []
-    for split, own in runs.groupby("split", sort=False):
+    for split in splits(runs):
+        own = runs[runs["split"] == split]
         variants = own[~own["method"].isin(HEADLINE) & ((own["preset"] != "paper") | ~own["changed"].isin(FORMS))]
         for label in labels(variants):
             usual = title_of(variants.loc[variants["label"] == label, "method"].iloc[0])
