@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from feddip_lite import Config
 from feddip_lite.records.catalogue import RECORDED, comparable, main_runs, recorded
 from feddip_lite.records.names import HEADLINE, SHARED_START, splits
 from feddip_lite.records.store import ROOT, atomic_write, headline
@@ -146,7 +147,8 @@ def encryption(root: Path) -> Named:
 
 def findings(root: Path) -> Named:
     """The questions of docs/findings.md, each as soon as what it compares is recorded."""
-    records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist")
+    drawn = Config().classes_dealt
+    records = recorded("lite", root / "results", model="lenet5", dataset="fashionmnist", classes_dealt=drawn)
     title, usual = "Recorded, profile lite", comparisons(root).get(MAIN)
     varied = ingredients.ingredients(records)
     if set(ingredients.FEEDBACK) <= set(varied["fed_back"]):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from ..config import Config
 from ..records.catalogue import RECORDED, main_runs, recorded, shared_start
 from ..records.names import SHARED_START, splits
 from ..records.store import ROOT
@@ -69,9 +70,10 @@ def _source_name(name: str, profile: str, usual: str) -> str:
 
 
 def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, Source]:
-    everything, found = recorded(profile, folder), {}
+    drawn = {"classes_dealt": Config().classes_dealt}  # the other way is for docs/deviations.md (D27)
+    everything, found = recorded(profile, folder, **drawn), {}
     for (name, each), runs in comparisons.items():
-        records = everything if each == profile else recorded(each, folder)
+        records = everything if each == profile else recorded(each, folder, **drawn)
         if runs["setting"].iloc[0].endswith(SHARED_START):
             records = shared_start(records)
         alike = records[records["setting"].isin(runs["setting"])]  # with its ablations

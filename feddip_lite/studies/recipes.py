@@ -21,6 +21,8 @@ RECIPES = {
     "FedDIP X4t, from memory": Config(**_MEMORY),
     "FedDIP X6": Config(method_options=_KEPT, mask_cache=True, **_BITS),
     "FedDIP, masked average": Config(method_options=_KEPT),
+    "FedDIP, masked": Config(method_options={"upload": "masked"}),
+    "FedDIP, screened": Config(method_options={"upload": "screened"}),
     "FedPAQ": Config(method="fedavg", up=_BITS["up"]),
     "Fed-EF": Config(method="fedavg", up="topk:0.01", up_feedback="ef"),
     "FedSparsify-Global, 8 bits": Config(method="fedsparsify_global", **_BITS),
@@ -32,13 +34,15 @@ DENSE = "FedAvg"
 
 
 def forms(results: pd.DataFrame, usual: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the `usual` comparison (`main_runs`), and those of `results` that travel otherwise, under their names
-    in RECIPES: such as have every partition and seed of the usual ones."""
+    """The runs of the `usual` comparison (`main_runs`), and those of `results` that travel otherwise and have every
+    partition and seed of the usual ones; under their names in RECIPES."""
     named = {label_of(config): name for name, config in RECIPES.items()}
-    coded = results[results["setting"].isin(usual["setting"]) & results["label"].isin(named)]
+    others = results[results["setting"].isin(usual["setting"]) & ~results["run_id"].isin(usual["run_id"])]
+    coded = others[others["label"].isin(named)]
     wanted, found = _places(usual), {label: _places(own) for label, own in coded.groupby("label")}
     coded = coded[coded["label"].map(found).map(wanted.issubset).astype(bool)]
-    return pd.concat([usual, coded.assign(label=coded["label"].map(named))])
+    runs = pd.concat([usual, coded])
+    return runs.assign(label=runs["label"].map(lambda label: named.get(label, label)))
 
 
 def _places(runs: pd.DataFrame) -> set[tuple[str, int]]:
