@@ -239,13 +239,15 @@ def found_part(root: Path) -> str:
     if CHEAPEST in set(sent["label"]):
         more, share = (paired(sent, CHEAPEST, *to) for to in (("FedDIP",), ("FedAvg", "mib", True)))
         said += [
-            f"Sending kept weights alone, in 8 bits both ways ([X4](docs/bytes.md)), takes {share.mean():.0%} of FedAvg's "
-            f"bytes, at {_points(more)} against FedDIP."
+            f"Sending kept weights alone, in 8 bits both ways ([X4](docs/bytes.md)), takes {share.mean():.0%} of "
+            f"FedAvg's bytes, at {_points(more)} against FedDIP."
         ]
     if other := best_other(finals):
         more = _points(paired(finals, other, "FedDIP"))
         fewer = paired(finals, other, "FedDIP", "mib", ratio=True).mean()
-        said += [f"The best other method that prunes as far, {other}, is at {more} for {fewer:.0%} of its bytes."]
+        said += [
+            f"The best other method that prunes as far, {other}, is at {more} against it, for {fewer:.0%} of its bytes."
+        ]
     told = f"({splits(runs)[0]}, 95 % intervals over seeds; what that says of the paper's claims: "
     return " ".join([*said, told + "[docs/claims.md](docs/claims.md).)"])
 
