@@ -27,7 +27,7 @@ export JUPYTER_DATA_DIR    := $(STATE)/jupyter/data
 export JUPYTER_RUNTIME_DIR := $(STATE)/jupyter/runtime
 export CUDA_CACHE_PATH     := $(STATE)/cuda
 
-# Tests side by side, a process per core, up to four: each holds torch.
+# Tests side by side, a process of one thread per core, up to four: each holds torch.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help

@@ -49,7 +49,8 @@ from report import answer_of
 MAIN = ("lite", "lenet5_fashionmnist")
 """The main comparison: profile and name."""
 EVEN = {"model": "lenet5", "dataset": "fashionmnist", "partition": "iid"}
-CHEAPEST = "FedDIP X4"
+RECIPE = "FedDIP X4"
+"""Of all ways to send a model, the one that the README shows."""
 Named = Iterator[tuple[str, Figure]]
 """File names without suffix, and their figures; none where nothing is recorded."""
 
@@ -83,13 +84,13 @@ def workflow(root: Path) -> Named:
 
 
 def first_look(root: Path) -> Named:
-    """The README's figure: accuracy against bytes, of methods and of our cheapest FedDIP, and accuracy where hardly
-    anything is left."""
-    runs = forms(root)
+    """The README's figure: accuracy against bytes, of methods and of RECIPE, and accuracy where hardly anything is
+    left."""
+    runs = every_form(root)
     swept = sparsity_sweep.recorded_sweep(recorded("lite", root / "results", **EVEN))
     if runs is None or not len(comparable(runs)) or not len(swept):
         return
-    runs = runs[~runs["label"].isin(set(recipes.RECIPES) - {CHEAPEST})]
+    runs = runs[~runs["label"].isin(set(recipes.RECIPES) - {RECIPE})]
     with style():
         figure, ((left, right),) = grid(1, 2, 4.0)
         points = curves.bytes_panel(left, runs, splits(runs)[0])
@@ -128,7 +129,8 @@ def cost(root: Path) -> Named:
         yield "cost_bytes", cost_figures.bytes_by_method(even, "Recorded, profile lite")
 
 
-def forms(root: Path) -> pd.DataFrame | None:
+@functools.cache
+def every_form(root: Path) -> pd.DataFrame | None:
     """The main comparison, and what only travels otherwise; None before anything is recorded."""
     runs = comparisons(root).get(MAIN)
     return None if runs is None else recipes.forms(recorded(MAIN[0], root / "results"), runs)
@@ -136,7 +138,7 @@ def forms(root: Path) -> pd.DataFrame | None:
 
 def coded(root: Path) -> Named:
     """Accuracy against bytes of every method and every way to send it, as soon as one of these is recorded."""
-    runs = forms(root)
+    runs = every_form(root)
     if runs is not None and set(recipes.RECIPES) & set(runs["label"]):
         yield "recipes", curves.accuracy_for_bytes(runs, "Recorded, profile lite")
 
@@ -222,7 +224,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def found_part(root: Path) -> str:
-    """What was found: accuracy for bytes, the growing penalty, the cheapest form, and the best other method."""
+    """What was found: accuracy for bytes, the growing penalty, RECIPE, and the best other method."""
     runs = comparisons(root).get(MAIN)
     if runs is None:
         return NOTHING
@@ -234,10 +236,10 @@ def found_part(root: Path) -> str:
         f"With {left:.0%} of LeNet-5's weights, FedDIP's accuracy on Fashion-MNIST minus FedAvg's is {dense}, for "
         f"{share:.0%} of the bytes. Minus FedDP's, which is the same without the growing penalty, it is {plain}."
     ]
-    every = forms(root)
+    every = every_form(root)
     sent = headline(every[every["split"] == splits(runs)[0]])
-    if CHEAPEST in set(sent["label"]):
-        more, share = (paired(sent, CHEAPEST, *to) for to in (("FedDIP",), ("FedAvg", "mib", True)))
+    if RECIPE in set(sent["label"]):
+        more, share = (paired(sent, RECIPE, *to) for to in (("FedDIP",), ("FedAvg", "mib", True)))
         said += [
             f"Sending kept weights alone, in 8 bits both ways ([X4](docs/bytes.md)), takes {share.mean():.0%} of "
             f"FedAvg's bytes, at {_points(more)} against FedDIP."
@@ -377,7 +379,7 @@ def cost_part(root: Path) -> str:
 
 def recipes_part(root: Path) -> str:
     """The most accurate form for each budget of bytes, with its figure as soon as it is drawn."""
-    runs, figure = forms(root), root / "figures" / "recipes.png"
+    runs, figure = every_form(root), root / "figures" / "recipes.png"
     if runs is None:
         return NOTHING
     shown = [f"![Final accuracy of every form against its bytes](../figures/{figure.name})"] * figure.exists()

@@ -33,7 +33,7 @@ from ..data.own import read_images
 from ..data.partition import Split
 from ..plugins import load_plugins
 from ..records.store import atomic_write
-from ..train.failures import check_client
+from ..train.failures import check_client, limit_of
 from ..train.inquiry import own_of, tell_client
 from ..train.round import train_client
 from ..train.run import running
@@ -74,14 +74,13 @@ def train(envelope: Envelope, context: Context) -> RecordDict:
     words, payload = unpack(envelope.content)
     t, token = typed(words, "round", int), typed(words, TOKEN, str)
     layout, device = method.layout, state.weights.device
-    folder = memories_of(context) / config.run_id / str(client)
+    folder = folder_of(context, config, client)
     memory = recall(folder, token, layout) if token else {}
     memory = {name: tensor.to(device) for name, tensor in memory.items()}
-    limit = config.client_timeout and 2 * config.client_timeout
     with running(config):
         offer = received(payload, layout, device)
         job = clients.workers.submit(train_client, method, offer, memory, clients, config, t, client)
-        reply, memory, result = clients.workers.result(job, limit)
+        reply, memory, result = clients.workers.result(job, limit_of(config))
     check_client(reply, result, layout.prunable)
     if method.inquires(t):
         atomic_write(folder / OWN, encode(own_of(result).plus(round=torch.tensor([t]))))
@@ -94,16 +93,14 @@ def tell(envelope: Envelope, context: Context) -> RecordDict:
     """A client's answer to a question of a round in which it has trained (`train/inquiry.py`)."""
     config, client, (state, clients, method) = _site_of(context)
     words, payload = unpack(envelope.content)
-    t, path = typed(words, "round", int), memories_of(context) / config.run_id / str(client) / OWN
+    t, path = typed(words, "round", int), folder_of(context, config, client) / OWN
     layout, device = method.layout, state.weights.device
-    own = (
-        received(path.read_bytes(), layout, device) if path.exists() else Message(extras={"round": torch.tensor([-1])})
-    )
-    if own.extras["round"].tolist() != [t]:
+    own = received(path.read_bytes(), layout, device) if path.exists() else None
+    if own is None or own.extras["round"].tolist() != [t]:
         raise ValueError(f"{path}: what training left in round {t} is not here")
     with running(config):
         job = clients.workers.submit(tell_client, method, received(payload, layout, device), own, t)
-        answer, _, _ = clients.workers.result(job)
+        answer, _, _ = clients.workers.result(job, limit_of(config))
     return pack({"client": client, "run": config.run_id, "round": t, "received": len(payload)}, encode(answer))
 
 
@@ -137,6 +134,11 @@ def memories_of(context: Context) -> Path:
     """Where this node keeps memories: the node configuration's `memories`, else a folder in Flower's home."""
     home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
     return Path(context.node_config.get("memories") or home / "memories")
+
+
+def folder_of(context: Context, config: Config, client: int) -> Path:
+    """Where this client keeps what it remembers of the run."""
+    return memories_of(context) / config.run_id / str(client)
 
 
 def own_data(config: Config, client: int, data: str, folder: str) -> tuple[Dataset, Split, np.ndarray]:

@@ -141,13 +141,21 @@ class Method:
     def inquire(self, state: ServerState, replies: Replies, t: int) -> Generator[Message, Replies, Replies]:
         """Further exchanges of a round that `inquires`: yields what every client of `replies` is asked, is sent their
         answers by client id, and returns the replies as `merge` is to read them. A question with a mask asks for the
-        weights that it keeps, one without for a mask. Should a client fail, it begins again with the others."""
-        raise NotImplementedError
-        yield
+        weights that it keeps, one without for a mask. Should a client fail, it begins again with the others. Default:
+        nothing is asked."""
+        return replies
+        yield  # makes it a generator
 
     def tell(self, question: Message, own: Message, t: int) -> Message:
-        """A client's answer in round t. `own`: the dense weights (n,) that training left, and its plan's mask."""
-        raise NotImplementedError
+        """A client's answer in round t. `own`: the dense weights (n,) that training left, and its plan's mask. Default:
+        the weights that the question's mask keeps.
+
+        Raises:
+            ValueError: the question has no mask, and the method does not say what it means.
+        """
+        if question.mask is None:
+            raise ValueError(f"the question has no mask, and {type(self).__name__} answers no other")
+        return Message(own.values[: self.layout.prunable][question.mask])
 
     def merge(self, state: ServerState, replies: Replies, t: int) -> ServerState:
         """The state after round t, from `replies` by client id. Default: weighted means, same mask."""

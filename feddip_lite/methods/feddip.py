@@ -150,10 +150,10 @@ class FedDP(Method):
         return {client: replace(reply, values=dense[client]) for client, reply in replies.items()}
 
     def tell(self, question: Message, own: Message, t: int) -> Message:
-        weights = own.values[: self.layout.prunable]
         if question.mask is not None:
-            return Message(weights[question.mask])
-        return Message(None, ~own.mask & (weights.abs() >= question.extras["threshold"]))
+            return super().tell(question, own, t)
+        large = own.values[: self.layout.prunable].abs() >= question.extras["threshold"]
+        return Message(None, large & ~own.mask)
 
     def chooses_mask(self, t: int) -> bool:
         """Whether the server chooses a new mask at the end of round t."""

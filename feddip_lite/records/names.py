@@ -44,6 +44,8 @@ _SCHEDULES = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps
 _OWN = (*_SCHEDULES, *"down up up_pruned up_feedback mask_cache".split())
 """What a run is called after, beside its method's options."""
 SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
+IN_ORDER = ", in order"
+"""How a split's name ends whose pairs of classes are dealt as the published code does (D27)."""
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
 SHARED = [name for name in _FIELDS if name not in _ALONE]
@@ -129,7 +131,7 @@ def _label(row: pd.Series) -> str:
 
 def _split(row: pd.Series) -> str:
     if row["partition"] == "pathological":
-        order = ", in order" if row["classes_dealt"] == "in_order" else ""
+        order = IN_ORDER if row["classes_dealt"] == "in_order" else ""
         return f"{row['classes_per_client']} classes per client{order}"
     return "IID" if row["partition"] == "iid" else f"Dirichlet({row['alpha']:g})"
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ..records.names import FORMS, HEADLINE, labels, splits, title_of
+from ..records.names import FORMS, HEADLINE, IN_ORDER, labels, splits, title_of
 from ..records.store import headline
 from ..report.statistics import paired, quantity
-
-IN_ORDER = ", in order"
-"""How a split whose pairs of classes are dealt as published (D27) ends."""
 
 
 def departures_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -34,11 +34,14 @@ def equal_bytes(results: pd.DataFrame, usual: pd.DataFrame) -> pd.DataFrame:
         rows = pd.concat([rows, own.assign(label=label)])
     for (split, seed), run in usual[usual["label"] == "FedAvg"].groupby(["split", "seed"]):
         if (split, seed) in spent.index:
-            until = run[run["mib"] <= spent[split, seed]].sort_values("round")
-            mean = until["accuracy"].tail(HEADLINE_ROWS).mean()
-            stopped = until.tail(1).assign(label=STOPPED, accuracy=mean)
-            rows = pd.concat([rows, stopped])
+            rows = pd.concat([rows, stopped(run, spent[split, seed]).assign(label=STOPPED)])
     return rows.reset_index(drop=True)
+
+
+def stopped(run: pd.DataFrame, mib: float) -> pd.DataFrame:
+    """The last row of a run that ends when so many MiB are spent, `accuracy` the mean of its last ten rows."""
+    until = run[run["mib"] <= mib].sort_values("round")
+    return until.tail(1).assign(accuracy=until["accuracy"].tail(HEADLINE_ROWS).mean())
 
 
 @styled

@@ -9,8 +9,9 @@ import pandas as pd
 
 from ..config import Config
 from ..records.names import label_of, labels, splits
-from ..records.store import HEADLINE_ROWS, headline
+from ..records.store import headline
 from ..report.statistics import interval, paired, quantity
+from .equal_bytes import stopped
 
 _KEPT = {"upload": "masked", "mask_source": "masked_average"}
 _BITS = {"up": "qsgd:8:512", "down": "qsgd:8:512"}
@@ -65,16 +66,16 @@ def advice_table(runs: pd.DataFrame) -> pd.DataFrame:
             row = {"partition": split, "at most": f"{budget:.0%}", "most accurate": best or "-"}
             row["of FedAvg's bytes"] = f"{costs[best].mean():.3f}" if best else "-"
             row["accuracy minus FedAvg's"] = quantity(gains[best], sign="+") if best else "-"
-            row["FedAvg, stopped there"] = quantity(stopped(own[own["label"] == DENSE], budget), sign="+")
+            row["FedAvg, stopped there"] = quantity(losses(own[own["label"] == DENSE], budget), sign="+")
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def stopped(dense: pd.DataFrame, budget: float) -> list[float]:
-    """Accuracy of each run, the mean of its last rows within a share of its bytes, minus that at its end."""
+def losses(dense: pd.DataFrame, budget: float) -> list[float]:
+    """Accuracy of each run, stopped when a share of its bytes is spent, minus that at its end."""
     found = []
-    for _, run in dense.sort_values("round").groupby("seed"):
-        within = run[run["mib"] <= budget * run["mib"].max()]
-        ends = (rows["accuracy"].tail(HEADLINE_ROWS).mean() for rows in (within, run))
-        found.append(next(ends) - next(ends))
+    for _, run in dense.groupby("seed"):
+        whole = run["mib"].max()
+        early, end = (stopped(run, mib)["accuracy"].mean() for mib in (budget * whole, whole))
+        found.append(early - end)
     return found

@@ -109,8 +109,7 @@ def collect(
             failed.
     """
     found, skipped, errors = {}, {}, []
-    # A client looks at the clock itself, between batches; only one that does not even do that is given up.
-    limit = None if config.client_timeout is None else 2 * config.client_timeout
+    limit = limit_of(config)
     for client, job in jobs.items():
         try:
             found[client] = take(client, workers.result(job, limit))
@@ -126,6 +125,12 @@ def collect(
         client, reason = next(reversed(skipped.items()))
         raise ClientFailure(f"round {t}: every client failed; client {client}: {reason}") from cause
     return found, skipped
+
+
+def limit_of(config: Config) -> float | None:
+    """Seconds after which a client is given up. It looks at the clock itself, between batches; only one that does not
+    even do that comes so far."""
+    return None if config.client_timeout is None else 2 * config.client_timeout
 
 
 def _end(jobs: Mapping[int, Job], workers: Workers, limit: float | None) -> None:

@@ -2,10 +2,10 @@
 
     for each client of the cohort:   offer -> plan -> local update -> reply         then   merge
 
-A method may ask for more before it merges (`inquiry.py`).
 What the codecs of `transport.py` make of offers and replies is what travels; without codecs they travel as they are.
-State is a value; all that one round leaves to the next is in `ServerState`. Read before: `methods/base.py` (the hooks);
-after: `client.py` (what a client does), `run.py` (many rounds make a run).
+A method may ask for more before it merges (`inquiry.py`). State is a value; all that one round leaves to the next is
+in `ServerState`. Read before: `methods/base.py` (the hooks); after: `client.py` (what a client does), `run.py` (many
+rounds make a run).
 """
 
 from __future__ import annotations
@@ -60,11 +60,7 @@ class Clients:
         }
 
     def ask(
-        self,
-        method: Method,
-        questions: Mapping[int, Message],
-        results: Mapping[int, LocalResult],
-        t: int,
+        self, method: Method, questions: Mapping[int, Message], results: Mapping[int, LocalResult], t: int
     ) -> dict[int, Future]:
         """Hand every question of a further exchange to its client, whose training has left a result. Returns what each
         makes of it: a future (answer, {}, None)."""

@@ -200,7 +200,7 @@ def test_the_advice_for_a_budget_is_the_most_accurate_form_within_it_and_fedavg_
     assert table.loc["20%", "FedAvg, stopped there"] == f"{stopped - end:+.4f} ± 0.0000 (n=3)"
     later = recipes.advice_table(usual).set_index("at most")["most accurate"]
     assert later.to_dict() == {"5%": "-", "10%": "SNIP", "20%": "SNIP", "35%": "SNIP", "65%": "FedDIP"}
-    assert recipes.stopped(usual[usual["label"] == "FedAvg"], 1.0) == [0.0, 0.0, 0.0]
+    assert recipes.losses(usual[usual["label"] == "FedAvg"], 1.0) == [0.0, 0.0, 0.0]
 
 
 def test_a_configurations_label_is_that_of_its_record():

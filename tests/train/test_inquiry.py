@@ -11,6 +11,7 @@ from feddip_lite.core.errors import ClientFailure
 from feddip_lite.core.message import Message, num_bytes
 from feddip_lite.core.plan import LocalResult
 from feddip_lite.core.sparsity import num_kept
+from feddip_lite.methods.fedavg import FedAvg
 from feddip_lite.methods.feddip import FedDP
 from feddip_lite.train.evaluate import evaluate_state
 from feddip_lite.train.inquiry import own_of
@@ -85,6 +86,19 @@ def test_where_nothing_can_enter_there_is_one_question_of_one_number(layout):
 def test_nothing_is_asked_before_anything_is_pruned(layout):
     replies, questions = conversation(method_of(layout), state_of(layout), [random_vector(layout.size)], (1,), t=0)
     assert questions == []
+
+
+def test_by_default_a_method_asks_nothing_and_its_clients_answer_what_a_mask_keeps(layout):
+    method = FedAvg(layout=layout, rounds=1, seed=0)
+    replies = {0: Message()}
+    with pytest.raises(StopIteration) as end:
+        next(method.inquire(state_of(layout), replies, 0))
+    assert end.value.value is replies
+    assert not method.inquires(0)
+    own, wanted = Message(random_vector(layout.size)), random_bools(layout.prunable)
+    assert torch.equal(method.tell(Message(None, wanted), own, 0).values, own.values[: layout.prunable][wanted])
+    with pytest.raises(ValueError, match="the question has no mask, and FedAvg answers no other"):
+        method.tell(Message(), own, 0)
 
 
 def rounds_of(**changes):
