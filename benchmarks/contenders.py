@@ -110,10 +110,12 @@ class Published(_Stock):
         )
 
     def loader(self, images, labels, indices, shuffle=False):
-        samples = _Samples(images, labels, indices.tolist(), self.transform)
+        indices = indices.to(images.device)
+        samples = _Samples(images[indices].cpu(), labels[indices].cpu(), self.transform)  # workers see no GPU
         # Forked workers, as DataLoader's on Linux by default; spawned ones would import torch anew for every epoch.
         context = {"num_workers": 2, "multiprocessing_context": "fork"}
-        return DataLoader(samples, self.config.batch_size, shuffle=shuffle, **context)
+        for batch in DataLoader(samples, self.config.batch_size, shuffle=shuffle, **context):
+            yield [tensor.to(self.device) for tensor in batch]
 
     def masked_copy(self, model):
         masked = copy.deepcopy(model)
@@ -157,15 +159,15 @@ class Published(_Stock):
 class _Samples:
     """Images one by one, as torchvision's data sets give them."""
 
-    def __init__(self, images, labels, indices, transform):
-        self.images, self.labels, self.indices, self.transform = images, labels, indices, transform
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.labels)
 
     def __getitem__(self, k):
-        pixels = self.images[self.indices[k]].permute(1, 2, 0).squeeze(-1).numpy()
-        return self.transform(Image.fromarray(pixels)), int(self.labels[self.indices[k]])
+        pixels = self.images[k].permute(1, 2, 0).squeeze(-1).numpy()
+        return self.transform(Image.fromarray(pixels)), int(self.labels[k])
 
 
 class Careful(_Stock):

@@ -1,7 +1,8 @@
 """A model with the weights of K clients at once: one call computes what K models compute, each for images of its own.
 
-Images are (b, K * C, H, W): the clients' channels one after the other. So a convolution is one grouped convolution,
-BatchNorm and pooling take every channel by itself anyway, and a linear layer is one batched product over (K, b, i).
+Images are (b, K * C, H, W): the clients' channels one after the other. BatchNorm and pooling take every channel by
+itself anyway; a convolution is a product of its weights and all windows of the images, (K, b, c y x, H W), and a linear
+layer one over (K, b, i).
 The model's own `forward` runs unchanged, on these layers in place of its own. Used by `together.py`.
 """
 
@@ -69,13 +70,26 @@ class _Layer(nn.Module):
 
 
 class _Conv(_Layer):
+    """For more than one client a product of weights and copied windows: cuDNN takes twice as long for one convolution
+    in K groups (benchmarks/NOTES.md)."""
+
     def __init__(self, layer: nn.Conv2d, clients: int, own: Mapping[str, Tensor]):
         super().__init__(clients, own)
-        self.geometry = layer.stride, layer.padding, layer.dilation, clients * layer.groups
+        self.kernel, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.flatten()
-        return F.conv2d(x, self.weight.flatten(0, 1), bias, *self.geometry)
+        if self.clients == 1:
+            bias = None if self.bias is None else self.bias[0]
+            return F.conv2d(x, self.weight[0], bias, self.stride, self.padding)
+        (kernel_y, kernel_x), (stride_y, stride_x), (pad_y, pad_x) = self.kernel, self.stride, self.padding
+        x = F.pad(x, (pad_x, pad_x, pad_y, pad_y)).unflatten(1, (self.clients, -1))
+        windows = x.unfold(3, kernel_y, stride_y).unfold(4, kernel_x, stride_x)  # (b, K, c, H, W, y, x)
+        batch, _, _, height, width = windows.shape[:5]
+        windows = windows.permute(1, 0, 2, 5, 6, 3, 4).reshape(self.clients, batch, -1, height * width)
+        y = self.weight.flatten(2)[:, None] @ windows  # (K, b, o, H * W)
+        if self.bias is not None:
+            y = y + self.bias[:, None, :, None].to(y.dtype)
+        return y.transpose(0, 1).reshape(batch, -1, height, width)
 
 
 class _Linear(_Layer):
