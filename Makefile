@@ -80,7 +80,8 @@ flower-test: $(FLOWER) ## all tests of the federation on Flower, with real proce
 # A machine rented by the minute has no .venv, and needs none: python3 with torch and pytest.
 gpu:             ## all that a GPU is asked for, in MINUTES=8 into OUT=build/gpu; DEVICE=cpu rehearses
 	$(PYTHON) tools/gpu.py --minutes $(or $(MINUTES),8) --out $(or $(OUT),build/gpu) --device $(or $(DEVICE),cuda) \
-	  $(if $(COMMIT),--commit $(COMMIT)) $(if $(JOIN),--join $(JOIN)) $(if $(RESUME),--resume $(RESUME))
+	  $(if $(COMMIT),--commit $(COMMIT)) $(if $(JOIN),--join $(JOIN)) $(if $(RESUME),--resume $(RESUME)) \
+	  $(if $(QUEUE),--queue $(QUEUE)) $(if $(STEPS),--steps $(STEPS)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 bench: $(READY)  ## time the engine against stock operators, and the codecs
 	$(PY) -m benchmarks engine

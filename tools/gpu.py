@@ -5,7 +5,8 @@ far each model, arithmetic and precision is from float64 on the CPU, and three r
 of each way to train a round's clients; seconds per round of the queue, and beside other programs; then the queue of
 params/paper.yaml, in order of value, as long as a run is predicted to end in time. OUT has `report.json`, `tests.txt`
 and `results.tar`: the records of finished runs, and the checkpoint of one that was stopped, if it fits. The next slice,
-given that results.tar (`--resume`), goes on.
+given that results.tar (`--resume`), goes on. `--steps` does only some of it, `--processes` the queue by several
+programs: a LeNet-5's small kernels leave most of a large GPU idle, but without NVIDIA's MPS it serves them in turn.
 
 Needs this checkout, torch and pytest; no installation, no network. Where data has to arrive in small pieces:
 `--split NAME` writes pieces of a data set, `--join FOLDER` makes it whole again.
@@ -39,7 +40,7 @@ from feddip_lite.core.autograd import Autograd  # noqa: E402
 from feddip_lite.core.errors import ClientFailure, Diverged, OutOfTime, guarded  # noqa: E402
 from feddip_lite.core.flat import FlatModel, Layout  # noqa: E402
 from feddip_lite.core.models import INPUT_SHAPES, Dropout, build_model  # noqa: E402
-from feddip_lite.core.settings import real  # noqa: E402
+from feddip_lite.core.settings import integer, real  # noqa: E402
 from feddip_lite.data.datasets import DATASETS, Dataset, dataset_of  # noqa: E402
 from feddip_lite.data.files import KEYS, files_here, files_of  # noqa: E402
 from feddip_lite.records.profiles import load_profile  # noqa: E402
@@ -56,6 +57,7 @@ PIECE_SAMPLES = 8000  # of CIFAR, compressed: about 20 MiB
 SMALL = {"clients": 6, "clients_per_round": 3, "local_epochs": 1, "batch_size": 60, "rounds": 3, "mask_interval": 2}
 MODELS = {"lenet5": "fashionmnist", "alexnet": "cifar10", "resnet18": "cifar100"}
 MARGIN = 1.15  # on predicted times
+STEPS = ("facts", "tests", "correctness", "three_rounds", "ways", "pace", "benchmark", "runs")
 WAYS = {
     "together": {},
     "together, TF32": {"precision": "tf32"},
@@ -292,9 +294,25 @@ def benchmark(now: Slice, seconds: float = 120) -> dict:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
+def side_by_side(now: Slice, queue: Path, processes: int) -> dict:
+    """The queue by so many programs, until the time is up: what was recorded, and the last line of each program that
+    said one."""
+    until, folder = str(max(1, int(now.left - 30))), now.out.resolve() / "results"
+    command = [sys.executable, "-m", "feddip_lite", "sweep", queue.resolve(), "--quiet", "--time-limit", until]
+    command += ["--results", folder]
+    settings = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    settings["env"] = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if now.device == "cpu" else {})
+    programs = [subprocess.Popen(command, **settings) for _ in range(processes)]
+    said = [program.communicate()[1].strip().splitlines()[-1:] for program in programs]
+    pack(now.out)
+    done = [config.run_id for config in load_profile(queue) if (folder / f"{config.run_id}.json").exists()]
+    return {"done": done, "said": said}
+
+
 def runs(now: Slice, queue: list[Config]) -> dict:
     """The queue, as far as the time goes: what was recorded, and what was left for which reason."""
-    paces = {(row["model"], row["dataset"], row["width"]): row for row in now.report["pace"]["found"]}
+    found = now.report["pace"]["found"] if "pace" in now.report else pace(now, queue)
+    paces = {(row["model"], row["dataset"], row["width"]): row for row in found}
     recording, done, left = Recording(now.out / "results"), [], {}
     for config in queue:
         if recording.stored(config) is not None:
@@ -402,6 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("build/gpu"), help="default: build/gpu")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal")
     parser.add_argument("--queue", type=Path, default=ROOT / "params" / "paper.yaml", help="default: params/paper.yaml")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"comma-separated, of: {','.join(STEPS)}")
+    parser.add_argument("--processes", type=int, default=1, help="programs that share the queue; default: 1")
     parser.add_argument("--commit", help="of this checkout, where it has no .git; enters the records")
     parser.add_argument("--resume", type=Path, metavar="TAR", help="the results.tar of an earlier slice")
     parser.add_argument("--split", metavar="NAME", help="write pieces of cifar10 or cifar100 into OUT, and end")
@@ -423,20 +443,28 @@ def work(given: argparse.Namespace) -> int:
         raise ValueError("--device: 'cuda' is not valid, torch sees no GPU here; expected cpu, for a rehearsal")
     if given.commit:
         os.environ[COMMIT] = given.commit
+    processes = integer(1, 64).require("--processes", given.processes)
+    chosen = [step for step in STEPS if step in given.steps.split(",")]
+    if unknown := sorted(set(given.steps.split(",")) - set(STEPS)):
+        raise ValueError(f"--steps: {unknown[0]!r} is not valid; expected some of {','.join(STEPS)}")
     queue = load_profile(given.queue)
     now = Slice(minutes, given.out, given.device)
     if given.resume:
         unpack(given.resume, given.out)
     if given.join:
         now.step("data", lambda: [str(path) for path in join(given.join)])
-    now.step("facts", lambda: facts(now))
-    now.step("tests", lambda: tests(now))
-    now.step("correctness", lambda: correctness(now))
-    now.step("three_rounds", lambda: three_rounds(now))
-    now.step("ways", lambda: ways(now))
-    now.step("pace", lambda: pace(now, queue))
-    now.step("benchmark", lambda: benchmark(now))
-    now.step("runs", lambda: runs(now, queue))
+    steps = {
+        "facts": lambda: facts(now),
+        "tests": lambda: tests(now),
+        "correctness": lambda: correctness(now),
+        "three_rounds": lambda: three_rounds(now),
+        "ways": lambda: ways(now),
+        "pace": lambda: pace(now, queue),
+        "benchmark": lambda: benchmark(now),
+        "runs": lambda: side_by_side(now, given.queue, processes) if processes > 1 else runs(now, queue),
+    }
+    for name in chosen:
+        now.step(name, steps[name])
     return int(now.failed)
 
 

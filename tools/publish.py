@@ -423,7 +423,7 @@ CONTENDERS = (
 def benchmark_part(root: Path) -> str:
     """The recorded tables of `benchmarks/`, a row per model, and how cost grows."""
     words = {"engine_cpu": _engine, "engine_cuda": _engine, "growth_cpu": _growth, "masks_cpu": _masks}
-    words |= {"codecs_cpu": _codecs, "flower_cpu": _flower}
+    words |= {"codecs_cpu": _codecs, "flower_cpu": _flower, "gpu_cuda": _gpu}
     paths = {root / "benchmarks" / f"{name}.json": said for name, said in words.items()}
     parts = [said(json.loads(path.read_text())) for path, said in paths.items() if path.exists()]
     parts += filter(None, [precision_part(root)])
@@ -491,6 +491,41 @@ def precision_part(root: Path) -> str:
         f"`--precision bf16` on a CPU, weights and their update in float32:\n\n{markdown(pd.DataFrame(rows))}\n\n"
         f"Seconds of a client's training, {samples} images, medians of turns on {facts['device']}, one thread, torch "
         f"{facts['torch']}; accuracy of short runs (`params/precision.yaml`), differences paired by seed."
+    )
+
+
+def _gpu(record: dict) -> str:
+    """What `make gpu` found: seconds of a round of each way, how near gradients and rounds are, convolutions."""
+    ways = pd.DataFrame(record["ways"])
+    table = pd.DataFrame(
+        {
+            "model": ways["model"],
+            "five clients": ways["way"],
+            "training, s a round": ways["train_s"].map("{:.3f}".format),
+            "evaluation, s": ways["evaluate_s"].map("{:.3f}".format),
+            "peak, MiB": ways["memory_mib"].map("{:.0f}".format),
+        }
+    )
+    exact = [row for row in record["correctness"] if row["arithmetic"] == "fastest here"]
+    errors = {precision: [row for row in exact if row["precision"] == precision] for precision in ("float32", "tf32")}
+    said = [
+        f"{precision} " + ", ".join(f"{row['model']} {row['gradient']:.0e}" for row in rows)
+        for precision, rows in errors.items()
+    ]
+    lenet = max(row["largest_weight_difference"] for row in record["three_rounds"] if row["model"] == "lenet5")
+    convolutions = "; ".join(
+        f"{row['way']} {1e3 * row['round_s']:.0f} ms"
+        + (f" ({1e3 * row['gpu_s']:.0f} of kernels)" if row["gpu_s"] else "")
+        for row in record["convolutions"]
+    )
+    facts = record["provenance"]
+    return (
+        f"On a GPU, at full width, {facts['device']}, torch {facts['torch']} (`make gpu`):\n\n{markdown(table)}\n\n"
+        f"Relative error of a batch's gradient against float64 on a CPU: {'; '.join(said)}. After three rounds "
+        f"LeNet-5's weights differ from the CPU's by at most {lenet:.0e}; AlexNet's dropout draws other numbers on a "
+        "GPU, and ResNet-18's BatchNorm amplifies rounding. The table is of LeNet-5's convolutions as one in K groups; "
+        "since then they are products of windows. A round of its training, by how they are taken: "
+        f"{convolutions}."
     )
 
 

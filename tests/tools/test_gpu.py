@@ -123,10 +123,22 @@ def test_a_data_set_travels_in_pieces_in_several_uploads(tmp_path, monkeypatch):
         gpu.join(tmp_path / "sent")
 
 
-@pytest.mark.parametrize("given", [["--minutes=0"], ["--minutes=soon"], ["--queue=nowhere.yaml", "--device=cpu"]])
+@pytest.mark.parametrize(
+    "given",
+    [["--minutes=0"], ["--minutes=soon"], ["--queue=nowhere.yaml"], ["--steps=dance"], ["--processes=0"]],
+)
 def test_bad_input_is_one_line(given, tmp_path, capsys):
-    assert gpu.main([*given, f"--out={tmp_path}"]) == 2
+    assert gpu.main([*given, "--device=cpu", f"--out={tmp_path}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_several_programs_share_the_queue_and_each_run_is_computed_once(tmp_path, queue):
+    queue.write_text("".join(QUEUE.splitlines(keepends=True)[:3]))
+    given = ["--device=cpu", f"--queue={queue}", "--steps=facts,runs", "--processes=2", "--minutes=2"]
+    assert gpu.main([*given, f"--out={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [*report] == ["facts", "runs"] and report["runs"]["found"]["said"] == [[], []]
+    assert len(report["runs"]["found"]["done"]) == load_results(tmp_path / "results")["run_id"].nunique() == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
