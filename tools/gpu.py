@@ -137,17 +137,24 @@ def correctness(now: Slice) -> list[dict]:
         for precision in precisions:
             for arithmetic in (kernels_of, None):
                 loss, gradient = one_batch(model, images, labels, now.device, torch.float32, arithmetic, precision)
-                distance = (gradient.double().cpu() - exact_gradient).norm() / exact_gradient.norm()
-                name = "autograd" if arithmetic is None else "fastest here"
-                row = {"model": model, "precision": precision, "arithmetic": name}
-                rows.append({**row, "loss": abs(loss / exact - 1), "gradient": float(distance)})
+                whole = distance(torch.cat([*gradient.values()]), torch.cat([*exact_gradient.values()]))
+                each = {name: distance(values, exact_gradient[name]) for name, values in gradient.items()}
+                row = {"model": model, "precision": precision}
+                row |= {"arithmetic": "autograd" if arithmetic is None else "fastest here"}
+                rows.append({**row, "loss": abs(loss / exact - 1), "gradient": whole, "gradient_of": each})
     return rows
+
+
+def distance(values: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, of vectors."""
+    return float((values - exact).norm() / exact.norm())
 
 
 def one_batch(
     model: str, images: torch.Tensor, labels: torch.Tensor, device: str, dtype: torch.dtype, arithmetic, precision: str
-) -> tuple[float, torch.Tensor]:
-    """Loss and gradient (n,) of an untrained model without dropout, on one batch."""
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of an untrained model without dropout, on one batch: of each tensor a float64 vector on the
+    CPU."""
     module = build_model(model, classes=10, width=1.0, channels=images.shape[1], size=images.shape[-1])
     for layer in module.modules():
         if isinstance(layer, Dropout):
@@ -158,7 +165,7 @@ def one_batch(
         kernels = arithmetic(flat, images.shape[-1], precision)
     with running(Config(precision=precision if precision in ("tf32", "bf16") else "float32")):
         loss = kernels.loss_and_gradient(images.to(device), labels.to(device))
-    return float(loss), flat.gradient.clone()
+    return float(loss), {slot.name: slot.of(flat.gradient).double().cpu().flatten() for slot in flat.layout.slots}
 
 
 def three_rounds(now: Slice) -> list[dict]:
