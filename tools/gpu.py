@@ -3,10 +3,11 @@
 In this order, each step bounded, and what it found written at once: versions and device; the tests marked `cuda`; how
 far each model, arithmetic and precision is from float64 on the CPU, and three rounds from the CPU's; seconds per round
 of each way to train a round's clients; seconds per round of the queue, and beside other programs; then the queue of
-params/paper.yaml, in order of value, as long as a run is predicted to end in time. OUT has `report.json`, `tests.txt`
-and `results.tar`: the records of finished runs, and the checkpoint of one that was stopped, if it fits. The next slice,
-given that results.tar (`--resume`), goes on. `--steps` does only some of it, `--processes` the queue by several
-programs: a LeNet-5's small kernels leave most of a large GPU idle, but without NVIDIA's MPS it serves them in turn.
+params/paper.yaml without what results/paper holds, in order of value, as long as a run is predicted to end in time. OUT
+has `report.json`, `tests.txt` and `results.tar`: the records of finished runs, and the checkpoint of one that was
+stopped, if it fits. The next slice, given that results.tar (`--resume`), goes on. `--steps` does only some of it,
+`--processes` the queue by several programs: a LeNet-5's small kernels leave most of a large GPU idle, but without
+NVIDIA's MPS it serves them in turn.
 
 Needs this checkout, torch and pytest; no installation, no network. Where data has to arrive in small pieces:
 `--split NAME` writes pieces of a data set, `--join FOLDER` makes it whole again.
@@ -25,7 +26,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from feddip_lite.config import Config  # noqa: E402
 from feddip_lite.core.autograd import Autograd  # noqa: E402
@@ -301,18 +303,30 @@ def benchmark(now: Slice, seconds: float = 120) -> dict:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def side_by_side(now: Slice, queue: Path, processes: int) -> dict:
+def side_by_side(now: Slice, queue: list[Config], processes: int) -> dict:
     """The queue by so many programs, until the time is up: what was recorded, and the last line of each program that
     said one."""
-    until, folder = str(max(1, int(now.left - 30))), now.out.resolve() / "results"
-    command = [sys.executable, "-m", "feddip_lite", "sweep", queue.resolve(), "--quiet", "--time-limit", until]
-    command += ["--results", folder]
+    path, folder = now.out.resolve() / "queue.yaml", now.out.resolve() / "results"
+    atomic_write(path, yaml.safe_dump({"queue": [asdict(config) for config in queue]}).encode())
+    until = str(max(1, int(now.left - 30)))
+    command = [
+        sys.executable,
+        "-m",
+        "feddip_lite",
+        "sweep",
+        path,
+        "--quiet",
+        "--results",
+        folder,
+        "--time-limit",
+        until,
+    ]
     settings = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     settings["env"] = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if now.device == "cpu" else {})
     programs = [subprocess.Popen(command, **settings) for _ in range(processes)]
     said = [program.communicate()[1].strip().splitlines()[-1:] for program in programs]
     pack(now.out)
-    done = [config.run_id for config in load_profile(queue) if (folder / f"{config.run_id}.json").exists()]
+    done = [config.run_id for config in queue if (folder / f"{config.run_id}.json").exists()]
     return {"done": done, "said": said}
 
 
@@ -454,7 +468,8 @@ def work(given: argparse.Namespace) -> int:
     chosen = [step for step in STEPS if step in given.steps.split(",")]
     if unknown := sorted(set(given.steps.split(",")) - set(STEPS)):
         raise ValueError(f"--steps: {unknown[0]!r} is not valid; expected some of {','.join(STEPS)}")
-    queue = load_profile(given.queue)
+    recorded = ROOT / "results" / given.queue.stem
+    queue = [run for run in load_profile(given.queue) if not (recorded / f"{run.run_id}.json").exists()]
     now = Slice(minutes, given.out, given.device)
     if given.resume:
         unpack(given.resume, given.out)
@@ -468,7 +483,7 @@ def work(given: argparse.Namespace) -> int:
         "ways": lambda: ways(now),
         "pace": lambda: pace(now, queue),
         "benchmark": lambda: benchmark(now),
-        "runs": lambda: side_by_side(now, given.queue, processes) if processes > 1 else runs(now, queue),
+        "runs": lambda: side_by_side(now, queue, processes) if processes > 1 else runs(now, queue),
     }
     for name in chosen:
         now.step(name, steps[name])
