@@ -1,5 +1,6 @@
 """What only a GPU can show; skipped, with the reason, where there is none."""
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -32,11 +33,10 @@ TOLERANCE = 2e-4  # of weights after three rounds; rounding differs, and ReLU an
 def three_rounds(**settings):
     config = Config(**{**SMALL, **settings}).resolved()
     state, clients, method = prepare(config)
-    for _ in range(config.rounds):
-        state, record = run_round(state, clients, method, config)
-    accuracy = evaluate_state(state, clients)["accuracy"]
-    clients.workers.close()
-    return state, record, accuracy
+    with closing(clients.workers), running(config):
+        for _ in range(config.rounds):
+            state, record = run_round(state, clients, method, config)
+        return state, record, evaluate_state(state, clients)["accuracy"]
 
 
 @pytest.mark.parametrize("preset", ["paper", "repo", "memory"])
