@@ -54,6 +54,13 @@ ADDED = ("label", "split", "setting", "changed", "mib")
 """The columns that `describe` adds."""
 FORMS = ("", "upload", "variant")
 """What `changed` says of a method, or of another form of it; anything else is an ablation."""
+SENDING = {"up", "down", "up_pruned", "up_feedback", "mask_cache"}
+"""Fields that say how a model travels, not what is computed."""
+
+
+def is_sending(changed: str) -> bool:
+    """Whether what differs, as `changed` names it, is only how the model travels."""
+    return bool(changed) and set(changed.split(", ")) <= SENDING
 
 
 def describe(results: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ Read before: `style.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pandas as pd
@@ -127,8 +127,9 @@ def _zoom(panel: Axes, rows: pd.DataFrame, with_zero: bool) -> None:
 
 
 @styled
-def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
-    """Final accuracy against all bytes of the run (`bytes_panel`), a panel per partition."""
+def accuracy_for_bytes(results: pd.DataFrame, title: str, named: Collection[str] | None = None) -> Figure:
+    """Final accuracy against all bytes of the run (`bytes_panel`), a panel per partition. Only the labels in `named`
+    are written beside their points; None: all."""
     splits_shown = splits(results)
     figure, axes = style.grid(1, len(splits_shown), 4.2)
     panels = dict(zip(splits_shown, axes[0], strict=True))
@@ -138,7 +139,8 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str) -> Figure:
     seeds = counted(title, runs.groupby(["split", "label"]).size())
     style.headed(figure, seeds, results["setting"].iloc[0], BYTES_WORDS)
     for split, panel in panels.items():
-        style.name_points(panel, points[split])
+        written = [(x, y, name if named is None or name in named else "") for x, y, name in points[split]]
+        style.name_points(panel, written)
     return figure
 
 

@@ -188,13 +188,16 @@ def headed(figure: Figure, *words: str) -> None:
 
 def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write each name beside its point (x, y, name): where its words cover neither a point nor another name, as near
-    as there is such a place. To be called last, when nothing moves any more."""
+    as there is such a place. A point whose name is empty is only kept free. To be called last, when nothing moves any
+    more."""
     panel.figure.draw_without_rendering()
     size = np.array([panel.get_position().width, panel.get_position().height]) * panel.figure.get_size_inches() * 72
     places = panel.transAxes.inverted().transform(panel.transData.transform([point[:2] for point in points])) * size
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     steps = sorted(product((9, -9, 20, -20, 35, -35), range(-75, 76, 5)), key=lambda step: np.hypot(*step))
     for (*point, name), (x, y) in zip(points, places, strict=True):
+        if not name:
+            continue
         width = 5.0 * len(name)
         for right, up in steps:
             left = x + right - width * (right < 0)

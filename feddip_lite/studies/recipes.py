@@ -52,8 +52,9 @@ def _places(runs: pd.DataFrame) -> set[tuple[str, int]]:
 
 def advice_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per partition and budget, of FedAvg's bytes under the same seed: the form of `forms` that is most accurate
-    among those that cost no more, what it costs, and its final accuracy minus FedAvg's; beside it FedAvg, stopped when
-    the budget is spent. Differences are paired by seed, means with 95 % intervals; "-": none costs as little."""
+    among those that cost no more (if none does, the cheapest in brackets), what it costs, and its final accuracy minus
+    FedAvg's; beside it FedAvg, stopped when the budget is spent. Differences are paired by seed, means with 95 %
+    intervals."""
     rows = []
     for split in splits(runs):
         own = runs[runs["split"] == split]
@@ -63,9 +64,10 @@ def advice_table(runs: pd.DataFrame) -> pd.DataFrame:
         for budget in BUDGETS:
             within = [label for label in gains if len(costs[label]) and costs[label].max() <= budget]
             best = max(within, key=lambda label: interval(gains[label])[0], default=None)
-            row = {"partition": split, "at most": f"{budget:.0%}", "most accurate": best or "-"}
-            row["of FedAvg's bytes"] = f"{costs[best].mean():.3f}" if best else "-"
-            row["accuracy minus FedAvg's"] = quantity(gains[best], sign="+") if best else "-"
+            cheapest = min((label for label in gains if len(costs[label])), key=lambda label: costs[label].mean())
+            row = {"partition": split, "at most": f"{budget:.0%}", "most accurate": best or f"none ({cheapest})"}
+            row["of FedAvg's bytes"] = f"{costs[best or cheapest].mean():.3f}"
+            row["accuracy minus FedAvg's"] = quantity(gains[best or cheapest], sign="+")
             row["FedAvg, stopped there"] = quantity(losses(own[own["label"] == DENSE], budget), sign="+")
             rows.append(row)
     return pd.DataFrame(rows)

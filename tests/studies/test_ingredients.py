@@ -151,6 +151,7 @@ def test_departures_are_variants_minus_the_usual_form_and_both_ways_to_deal_clas
         ({"method": "feddst"}, 0.4),
         ({"method": "feddst", "preset": "repo"}, 0.7),
         ({"method": "fedlp", "method_options": {"variant": "hetero"}}, 0.1),  # a form of its own
+        ({"method": "feddst", "up": "qsgd:8:512", "down": "qsgd:8:512"}, 0.3),  # sent otherwise, not computed otherwise
         ({"method": "fedavg"}, 0.8),
         ({}, 0.75),
         ({"preset": "repo"}, 0.3),
@@ -191,7 +192,7 @@ def test_the_advice_for_a_budget_is_the_most_accurate_form_within_it_and_fedavg_
     curves.accuracy_for_bytes(runs, "title")
     table = recipes.advice_table(runs).set_index("at most")
     assert table["most accurate"].to_dict() == {
-        "5%": "-", "10%": "FedDIP X4", "20%": "FedDIP X4", "35%": "FedDIP X4", "65%": "FedDIP",
+        "5%": "none (FedDIP X4)", "10%": "FedDIP X4", "20%": "FedDIP X4", "35%": "FedDIP X4", "65%": "FedDIP",
     }  # fmt: skip
     end = np.mean(rising["accuracy"][-10:])
     assert table.loc["10%", "accuracy minus FedAvg's"] == f"{0.8 - end:+.4f} ± 0.0000 (n=3)"
@@ -199,7 +200,7 @@ def test_the_advice_for_a_budget_is_the_most_accurate_form_within_it_and_fedavg_
     stopped = np.mean(rising["accuracy"][: ROUNDS // 5])
     assert table.loc["20%", "FedAvg, stopped there"] == f"{stopped - end:+.4f} ± 0.0000 (n=3)"
     later = recipes.advice_table(usual).set_index("at most")["most accurate"]
-    assert later.to_dict() == {"5%": "-", "10%": "SNIP", "20%": "SNIP", "35%": "SNIP", "65%": "FedDIP"}
+    assert later.to_dict() == {"5%": "none (FedDST)", "10%": "SNIP", "20%": "SNIP", "35%": "SNIP", "65%": "FedDIP"}
     assert recipes.losses(usual[usual["label"] == "FedAvg"], 1.0) == [0.0, 0.0, 0.0]
 
 
