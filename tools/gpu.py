@@ -6,8 +6,8 @@ of each way to train a round's clients; seconds per round of the queue, and besi
 params/paper.yaml without what results/paper holds, in order of value, as long as a run is predicted to end in time. OUT
 has `report.json`, `tests.txt` and `results.tar`: the records of finished runs, and the checkpoint of one that was
 stopped, if it fits. The next slice, given that results.tar (`--resume`), goes on. `--steps` does only some of it,
-`--processes` the queue by several programs: a LeNet-5's small kernels leave most of a large GPU idle, but without
-NVIDIA's MPS it serves them in turn.
+`--processes` the queue by several programs. Without NVIDIA's MPS a GPU serves these in turn, and six of them gained
+nothing; what they gain under it is not measured yet (benchmarks/NOTES.md).
 
 Needs this checkout, torch and pytest; no installation, no network. Where data has to arrive in small pieces:
 `--split NAME` writes pieces of a data set, `--join FOLDER` makes it whole again.
@@ -304,30 +304,24 @@ def benchmark(now: Slice, seconds: float = 120) -> dict:
 
 
 def side_by_side(now: Slice, queue: list[Config], processes: int) -> dict:
-    """The queue by so many programs, until the time is up: what was recorded, and the last line of each program that
-    said one."""
-    path, folder = now.out.resolve() / "queue.yaml", now.out.resolve() / "results"
-    atomic_write(path, yaml.safe_dump({"queue": [asdict(config) for config in queue]}).encode())
-    until = str(max(1, int(now.left - 30)))
-    command = [
-        sys.executable,
-        "-m",
-        "feddip_lite",
-        "sweep",
-        path,
-        "--quiet",
-        "--results",
-        folder,
-        "--time-limit",
-        until,
-    ]
-    settings = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    settings["env"] = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if now.device == "cpu" else {})
-    programs = [subprocess.Popen(command, **settings) for _ in range(processes)]
-    said = [program.communicate()[1].strip().splitlines()[-1:] for program in programs]
+    """The queue by so many programs, until the time is up: what was recorded, each program's exit status, and the last
+    line of those that said one."""
+    out = now.out.resolve()
+    atomic_write(out / "queue.yaml", yaml.safe_dump({"queue": [asdict(config) for config in queue]}).encode())
+    command = [sys.executable, "-m", "feddip_lite", "sweep", out / "queue.yaml", "--results", out / "results"]
+    command += ["--quiet", "--time-limit", str(max(1, int(now.left - 30)))]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if now.device == "cpu" else {})
+    words = [out / f"program{number}.txt" for number in range(processes)]
+    programs = []
+    for path in words:
+        with open(path, "wb") as file:
+            streams = {"stdout": subprocess.DEVNULL, "stderr": file}
+            programs.append(subprocess.Popen(command, cwd=ROOT, env=environment, **streams))
+    status = [program.wait() for program in programs]
+    now.failed |= any(status)
     pack(now.out)
-    done = [config.run_id for config in queue if (folder / f"{config.run_id}.json").exists()]
-    return {"done": done, "said": said}
+    done = [config.run_id for config in queue if (out / "results" / f"{config.run_id}.json").exists()]
+    return {"done": done, "status": status, "said": [path.read_text().strip().splitlines()[-1:] for path in words]}
 
 
 def runs(now: Slice, queue: list[Config]) -> dict:
@@ -465,8 +459,8 @@ def work(given: argparse.Namespace) -> int:
     if given.commit:
         os.environ[COMMIT] = given.commit
     processes = integer(1, 64).require("--processes", given.processes)
-    chosen = [step for step in STEPS if step in given.steps.split(",")]
-    if unknown := sorted(set(given.steps.split(",")) - set(STEPS)):
+    asked = given.steps.split(",")
+    if unknown := sorted(set(asked) - set(STEPS)):
         raise ValueError(f"--steps: {unknown[0]!r} is not valid; expected some of {','.join(STEPS)}")
     recorded = ROOT / "results" / given.queue.stem
     queue = [run for run in load_profile(given.queue) if not (recorded / f"{run.run_id}.json").exists()]
@@ -485,8 +479,9 @@ def work(given: argparse.Namespace) -> int:
         "benchmark": lambda: benchmark(now),
         "runs": lambda: side_by_side(now, queue, processes) if processes > 1 else runs(now, queue),
     }
-    for name in chosen:
-        now.step(name, steps[name])
+    for name in STEPS:
+        if name in asked:
+            now.step(name, steps[name])
     return int(now.failed)
 
 

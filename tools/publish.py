@@ -521,7 +521,7 @@ def _gpu(record: dict) -> str:
     ]
     lenet = max(row["largest_weight_difference"] for row in record["three_rounds"] if row["model"] == "lenet5")
     convolutions = "; ".join(
-        f"{row['way']} {1e3 * row['round_s']:.0f} ms"
+        f"{row['way']} {1e3 * row['rounds_s'][-1]:.0f} ms"
         + (f" ({1e3 * row['gpu_s']:.0f} of kernels)" if row["gpu_s"] else "")
         for row in record["convolutions"]
     )
@@ -531,8 +531,8 @@ def _gpu(record: dict) -> str:
         f"Relative error of a batch's gradient against float64 on a CPU: {'; '.join(said)}. After three rounds "
         f"LeNet-5's weights differ from the CPU's by at most {lenet:.0e}; AlexNet's dropout draws other numbers on a "
         "GPU, and ResNet-18's BatchNorm amplifies rounding. The table is of LeNet-5's convolutions as one in K groups; "
-        "since then they are products of windows. A round of its training, by how they are taken: "
-        f"{convolutions}."
+        "since then they are products of windows. The last of four rounds of its training, tried on the same card, by "
+        f"how they are taken (in brackets what a profiler counts): {convolutions}."
     )
 
 

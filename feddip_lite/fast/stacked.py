@@ -71,7 +71,7 @@ class _Layer(nn.Module):
 
 class _Conv(_Layer):
     """For more than one client a product of weights and copied windows: cuDNN takes twice as long for one convolution
-    in K groups (benchmarks/NOTES.md)."""
+    in K groups (benchmarks/NOTES.md). No model of KNOWN has groups or dilation."""
 
     def __init__(self, layer: nn.Conv2d, clients: int, own: Mapping[str, Tensor]):
         super().__init__(clients, own)

@@ -41,7 +41,9 @@ FAMILIES = ("dense to dense", "dense to sparse", "sparse to sparse", "own")
 HEADLINE = ("fedavg", "feddp", "feddip")
 """The methods of the paper's own question, which figures and tables of a data set show first."""
 _SCHEDULES = ("initial_sparsity", "mask_interval", "penalty_max", "penalty_steps")
-_OWN = (*_SCHEDULES, *"down up up_pruned up_feedback mask_cache".split())
+SENDING = ("down", "up", "up_pruned", "up_feedback", "mask_cache")
+"""Fields that say how a model travels, not what is computed."""
+_OWN = (*_SCHEDULES, *SENDING)
 """What a run is called after, beside its method's options."""
 SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
 IN_ORDER = ", in order"
@@ -54,13 +56,11 @@ ADDED = ("label", "split", "setting", "changed", "mib")
 """The columns that `describe` adds."""
 FORMS = ("", "upload", "variant")
 """What `changed` says of a method, or of another form of it; anything else is an ablation."""
-SENDING = {"up", "down", "up_pruned", "up_feedback", "mask_cache"}
-"""Fields that say how a model travels, not what is computed."""
 
 
-def is_sending(changed: str) -> bool:
-    """Whether what differs, as `changed` names it, is only how the model travels."""
-    return bool(changed) and set(changed.split(", ")) <= SENDING
+def computed(changed: str) -> str:
+    """What `changed` says without how the model travels."""
+    return ", ".join(name for name in changed.split(", ") if name not in SENDING)
 
 
 def describe(results: pd.DataFrame) -> pd.DataFrame:

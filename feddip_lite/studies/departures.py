@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ..records.names import FORMS, HEADLINE, IN_ORDER, is_sending, labels, splits, title_of
+from ..records.names import FORMS, HEADLINE, IN_ORDER, computed, labels, splits, title_of
 from ..records.store import headline
 from ..report.statistics import paired, quantity
 
@@ -22,7 +22,7 @@ def departures_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for split in splits(runs):
         own = runs[runs["split"] == split]
-        departs = (own["preset"] != "paper") | ~(own["changed"].isin(FORMS) | own["changed"].map(is_sending))
+        departs = (own["preset"] != "paper") | ~own["changed"].map(computed).isin(FORMS)
         variants = own[~own["method"].isin(HEADLINE) & departs]
         for label in labels(variants):
             usual = title_of(variants.loc[variants["label"] == label, "method"].iloc[0])

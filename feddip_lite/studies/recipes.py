@@ -61,13 +61,17 @@ def advice_table(runs: pd.DataFrame) -> pd.DataFrame:
         finals = headline(own)
         gains = {label: paired(finals, label, DENSE) for label in labels(finals) if label != DENSE}
         costs = {label: paired(finals, label, DENSE, "mib", ratio=True) for label in gains}
-        for budget in BUDGETS:
-            within = [label for label in gains if len(costs[label]) and costs[label].max() <= budget]
-            best = max(within, key=lambda label: interval(gains[label])[0], default=None)
-            cheapest = min((label for label in gains if len(costs[label])), key=lambda label: costs[label].mean())
-            row = {"partition": split, "at most": f"{budget:.0%}", "most accurate": best or f"none ({cheapest})"}
-            row["of FedAvg's bytes"] = f"{costs[best or cheapest].mean():.3f}"
-            row["accuracy minus FedAvg's"] = quantity(gains[best or cheapest], sign="+")
+        known = [label for label in gains if len(costs[label])]
+        for budget in BUDGETS if known else ():
+            within = [label for label in known if costs[label].max() <= budget]
+            if within:
+                shown = said = max(within, key=lambda label: interval(gains[label])[0])
+            else:
+                shown = min(known, key=lambda label: costs[label].mean())
+                said = f"none ({shown})"
+            row = {"partition": split, "at most": f"{budget:.0%}", "most accurate": said}
+            row["of FedAvg's bytes"] = f"{costs[shown].mean():.3f}"
+            row["accuracy minus FedAvg's"] = quantity(gains[shown], sign="+")
             row["FedAvg, stopped there"] = quantity(losses(own[own["label"] == DENSE], budget), sign="+")
             rows.append(row)
     return pd.DataFrame(rows)

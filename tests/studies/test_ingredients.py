@@ -190,6 +190,9 @@ def test_the_advice_for_a_budget_is_the_most_accurate_form_within_it_and_fedavg_
     runs = recipes.forms(pd.concat([usual, recorded_runs(*coded)]), usual)
     assert set(runs["label"]) == {*usual["label"], "FedDIP X4"}
     curves.accuracy_for_bytes(runs, "title")
+    few = curves.accuracy_for_bytes(runs, "title", {"FedDIP X4", "SNIP"})
+    assert {text.get_text() for panel in few.axes for text in panel.texts} == {"FedDIP X4", "SNIP"}
+    assert recipes.advice_table(usual[usual["method"] == "fedavg"]).empty
     table = recipes.advice_table(runs).set_index("at most")
     assert table["most accurate"].to_dict() == {
         "5%": "none (FedDIP X4)", "10%": "FedDIP X4", "20%": "FedDIP X4", "35%": "FedDIP X4", "65%": "FedDIP",

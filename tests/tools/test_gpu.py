@@ -132,12 +132,12 @@ def test_bad_input_is_one_line(given, tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_several_programs_share_the_queue_and_each_run_is_computed_once(tmp_path, queue):
+def test_several_programs_record_the_whole_queue_in_one_folder(tmp_path, queue):
     queue.write_text("".join(QUEUE.splitlines(keepends=True)[:3]))
     given = ["--device=cpu", f"--queue={queue}", "--steps=facts,runs", "--processes=2", "--minutes=2"]
     assert gpu.main([*given, f"--out={tmp_path}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [*report] == ["facts", "runs"] and report["runs"]["found"]["said"] == [[], []]
+    assert [*report] == ["facts", "runs"] and report["runs"]["found"]["status"] == [0, 0]
     assert len(report["runs"]["found"]["done"]) == load_results(tmp_path / "results")["run_id"].nunique() == 2
 
 
