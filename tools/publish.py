@@ -197,6 +197,7 @@ def generated_parts(root: Path) -> dict[tuple[str, str], str]:
         ("docs/bytes.md", "recipes"): recipes_part(root),
         ("docs/bytes.md", "encryption"): encryption_part(root),
         ("docs/speed.md", "benchmark"): benchmark_part(root),
+        ("docs/findings.md", "answers"): answers_part(root),
         **{("docs/findings.md", f"question-{number}"): text for number, text in questions(root).items()},
     }
 
@@ -329,10 +330,16 @@ def results_part(root: Path) -> str:
     return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
 
 
+@functools.cache
+def claims(root: Path) -> pd.DataFrame:
+    """Every claim and its verdict."""
+    return claims_table(root / "results", root / "params" / "claims.yaml")
+
+
 def claims_part(root: Path) -> str:
-    """The settings, every claim and its verdict, and the rule behind the verdicts."""
-    table = claims_table(root / "results", root / "params" / "claims.yaml")
-    table = table[table["question"] == 0].drop(columns="question")
+    """The settings, what the sources claim and the verdicts, and the rule behind these."""
+    table = claims(root)
+    table = table[table["source"] != "ours"].drop(columns=["question", "answer"])
     links = [f"[{name[:2]}](../notebooks/{name}.ipynb)" for name in table["notebook"]]
     again = table.duplicated(["claim", "source", "notebook"])  # a claim's further settings
     table = table.assign(notebook=links)
@@ -356,12 +363,12 @@ def departures_part(root: Path) -> str:
 def questions(root: Path) -> dict[int, str]:
     """Of each question that docs/findings.md asks: its figure, as soon as it is drawn, what is measured, and the
     verdicts in sentences."""
-    table, found = claims_table(root / "results", root / "params" / "claims.yaml"), {}
-    figures = {1: "ingredients", 2: "strengths", 3: "start", 5: "second_order", 6: "equal_bytes"}
+    table, found = claims(root), {}
+    figures = {1: "ingredients", 2: "strengths", 3: "start", 4: "extreme_sparsity", 5: "second_order", 6: "equal_bytes"}
     for number, own in table[table["question"] > 0].groupby("question"):
         figure = root / "figures" / f"{figures.get(number)}.png"
         shown = [f"![{own['claim'].iloc[0]}](../figures/{figure.name})"] * figure.exists()
-        several = own["claim"].duplicated(keep=False)
+        several = own.groupby("claim")["setting"].transform("nunique") > 1
         rows = own.assign(where=("; " + own["setting"]).where(several, "")).rename(columns={"ours, n seeds": "values"})
         said = [
             f"- {row.claim}{row.where}: **{row.verdict}**. {row.measured}: {row.values}." if row.values != "-" else
@@ -370,6 +377,18 @@ def questions(root: Path) -> dict[int, str]:
         ]  # fmt: skip
         found[number] = "\n\n".join([*shown, "\n".join(said)])
     return found
+
+
+def answers_part(root: Path) -> str:
+    """Of each question of docs/findings.md that anything answers yet, a sentence under the heading's first words."""
+    table = claims(root)
+    table = table[(table["answer"] != "") & ~table.duplicated(["claim", "measured"])]  # in its first setting
+    said = table.groupby("question")["answer"].agg("; ".join)
+    headings = re.findall(
+        r"^## (\d+)\. ([^:\n]+)", (root / "docs" / "findings.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    answers = [(name, said[int(n)]) for n, name in headings if int(n) in said]
+    return "\n".join(f"- **{name}.** {text[0].upper()}{text[1:]}." for name, text in answers) or NOTHING
 
 
 def cost_part(root: Path) -> str:

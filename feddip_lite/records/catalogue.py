@@ -71,9 +71,10 @@ def main_runs(profile: str, folder: Path | None = None) -> dict[str, pd.DataFram
 def shared_start(results: pd.DataFrame) -> pd.DataFrame:
     """`results` as if a shared random mask at the start were FedDP's and FedDIP's usual one (docs/deviations.md D7):
     those runs under their plain names, none of theirs that begins otherwise, and `SHARED_START` in every setting."""
-    if results.empty:
-        return results
-    alike = results[_begins(results).isin(["shared", ""])].drop(columns=list(ADDED))
+    alike = results[_begins(results).isin(["shared", ""])]
+    if alike.empty:
+        return alike
+    alike = alike.drop(columns=list(ADDED))
     options = alike["method_options"].map(json.loads)
     plain = options.map(lambda own: {name: value for name, value in own.items() if not name.startswith("erk")})
     runs = describe(alike.assign(method_options=plain.map(lambda own: json.dumps(own, sort_keys=True))))

@@ -47,6 +47,7 @@ _OWN = (*_SCHEDULES, *SENDING)
 """What a run is called after, beside its method's options."""
 SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
 IN_ORDER = ", in order"
+UNEVEN = "classes per client"
 """How a split's name ends whose pairs of classes are dealt as the published code does (D27)."""
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]
@@ -139,7 +140,7 @@ def _label(row: pd.Series) -> str:
 def _split(row: pd.Series) -> str:
     if row["partition"] == "pathological":
         order = IN_ORDER if row["classes_dealt"] == "in_order" else ""
-        return f"{row['classes_per_client']} classes per client{order}"
+        return f"{row['classes_per_client']} {UNEVEN}{order}"
     return "IID" if row["partition"] == "iid" else f"Dirichlet({row['alpha']:g})"
 
 

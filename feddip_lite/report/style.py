@@ -224,14 +224,15 @@ def over_seeds(
 
     Args:
         data: a row per run: `x`, `y`, `name`. looks: name -> color and marker. more: of seaborn, like `order`.
-        joined: with lines through the means; of several names with three runs each, no points.
+        joined: with lines through the means; of several names with three runs each, or a single one, no points.
     """
     names = [name for name in looks if name in set(data["name"])]
     same = {"data": data, "x": x, "y": y, "hue": "name", "hue_order": names, "legend": False, "ax": panel, **more}
     if not names:
         return
     apart = 0.8 * (1 - 1 / len(names))  # as a stripplot's
-    if joined and len(names) > 1 and data.groupby(["name", x]).size().min() >= 3:
+    runs = data.groupby(["name", x]).size()
+    if joined and len(names) > 1 and (runs.min() >= 3 or runs.max() == 1):
         apart = 0.2
     else:
         seeds = {"palette": [INK] * len(names), "dodge": True, "jitter": False, "size": 3.5, "alpha": 0.55}

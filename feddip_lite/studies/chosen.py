@@ -54,7 +54,8 @@ def candidates_table(results: pd.DataFrame, varied: str) -> pd.DataFrame:
 def strengths(results: pd.DataFrame, title: str) -> Figure:
     """Held-out accuracy by strength, a panel per target sparsity: the growing penalty, and as much plain weight decay
     (the k-th decay that was tried beside the k-th penalty, the usual decay without a penalty)."""
-    runs = headline(results[results["validation"] > 0])
+    held = headline(results[results["validation"] > 0])
+    runs = pd.concat([own for varied in ("penalty_max", "weight_decay") for own in _alike(held, varied)])
     peaks = sorted(runs.loc[runs["method"] == "feddip", "penalty_max"].unique())
     places = {0.0: "0"} | {peak: f"{peak:g}" for peak in peaks}
     decays = dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import yaml
 
 from ..config import Config
 from ..records.catalogue import RECORDED, main_runs, recorded, shared_start
-from ..records.names import SHARED_START, splits
+from ..records.names import SHARED_START, UNEVEN, any_of, splits
 from ..records.store import ROOT
 from ..report.statistics import by_seed, interval, quantity, summaries
 from ..studies import merging
@@ -34,6 +35,12 @@ RULE = (
     "repetition for a seed; where sparsities are compared, each stands for a partition; where masks of two seeds are, "
     "each pair for a seed, so that interval is only a guide. ‡ This rule was written down when its runs were known."
 )
+COLUMNS = ("setting", "measured", "ours, n seeds", "verdict", "answer")
+_UNITS = {
+    ("accuracy", "difference"): (100, 1, " points"), ("stay_rounds", "value"): (1, 1, " rounds"),
+    "ratio": (100, 1, " %"), "difference": (1, 3, ""), "value": (1, 3, ""),
+}  # fmt: skip
+"""Scale, digits and unit in which a measure is spoken of."""
 Source = tuple[str, pd.DataFrame]
 """What a source holds, in words, and its rows: `split`, `seed`, `label`, and the columns that measures name."""
 
@@ -41,15 +48,15 @@ Source = tuple[str, pd.DataFrame]
 def claims_table(folder: Path, path: Path = RULES) -> pd.DataFrame:
     """Each claim of the file `path`, a row per setting and method that measure it, from the recorded runs under
     `folder`; `RULE` is behind the verdicts. Of a claim that nothing measures yet there is one row. `question` is that
-    of docs/findings.md which the claim answers; 0 for a claim of the sources."""
+    of docs/findings.md which the claim answers, 0 for none, and `answer` the words in which it does."""
     document = yaml.safe_load(path.read_text())
     comparisons = {(name, each): runs for each in RECORDED for name, runs in main_runs(each, folder).items()}
     sources, rows = _sources(folder, document["profile"], comparisons), []
     for claim in document["claims"]:
         said = {"claim": claim["claim"] + " ‡" * claim.get("known", False), "source": claim["source"]}
         said["question"] = claim.get("question", 0)
-        untested = _row("-", in_words(claim["measure"], claim["good"]), "-", "not tested at this scale")
-        for row in list(_judge(claim, sources)) or [untested]:
+        untested = ("-", in_words(claim["measure"], claim["good"]), "-", "not tested at this scale", "")
+        for row in list(_judge(claim, sources)) or [dict(zip(COLUMNS, untested, strict=True))]:
             rows.append({**said, **row, "notebook": claim["notebook"]})
     return pd.DataFrame(rows)
 
@@ -61,7 +68,7 @@ def judged(runs: pd.DataFrame, profile: str, path: Path = RULES) -> pd.DataFrame
     sources = {name: ("", summaries(runs))}
     for claim in document["claims"]:
         rows += [{"claim": claim["claim"], **row} for row in _judge(claim, sources)]
-    return pd.DataFrame(rows).drop(columns="setting", errors="ignore")
+    return pd.DataFrame(rows).drop(columns=["setting", "answer"], errors="ignore")
 
 
 def _source_name(name: str, profile: str, usual: str) -> str:
@@ -113,22 +120,32 @@ def _pairs(folder: Path, swept: pd.DataFrame) -> pd.DataFrame:
 
 def _judge(claim: dict, sources: Mapping[str, Source]) -> Iterator[dict[str, str]]:
     """A row for each of the claim's sources and methods that has values."""
-    measure = claim["measure"]
+    measure, answers = claim["measure"], any_of(claim.get("answer", []))
     digits, sign = measure.get("digits", 4), "+" * (measure["by"] == "difference")
     for name in measure["from"]:
         words, rows = sources.get(name, ("", pd.DataFrame(columns=["split"])))
-        for label in measure["of"]:
+        for label, begun in zip_longest(measure["of"], answers):
             one = {**measure, "of": label}
             by_split = {split: measured(rows[rows["split"] == split], one) for split in splits(rows)}
             by_split = {split: values for split, values in by_split.items() if len(values)}
             if by_split:
                 said = [f"{split}: {quantity(values, digits, sign)}" for split, values in by_split.items()]
                 what = in_words({**measure, "of": [label]}, claim["good"])
-                yield _row(words, what, "; ".join(said), verdict(by_split.values(), **claim["good"]))
+                judgement = verdict(by_split.values(), **claim["good"])
+                answer = f"{begun} {_spoken(by_split, measure)}" if begun else ""
+                yield dict(zip(COLUMNS, (words, what, "; ".join(said), judgement, answer), strict=True))
 
 
-def _row(setting: str, measure: str, values: str, said: str) -> dict[str, str]:
-    return {"setting": setting, "measured": measure, "ours, n seeds": values, "verdict": said}
+def _spoken(by_split: Mapping[str, np.ndarray], measure: dict) -> str:
+    """Means with their intervals in the units that people speak in, of evenly dealt data: the first and the last."""
+    scale, digits, unit = _UNITS.get((measure["column"], measure["by"])) or _UNITS[measure["by"]]
+    sign, said = "+" * (measure["by"] == "difference"), []
+    for split, values in by_split.items():
+        mean, half = interval(scale * values)
+        spread, where = ("", f"n={len(values)}, {split}") if np.isnan(half) else (f" ± {half:.{digits}f}", split)
+        said.append(f"{mean:{sign}.{digits}f}{spread}{unit} ({where})")
+    even = [words for words, split in zip(said, by_split, strict=True) if UNEVEN not in split] or said
+    return " and ".join(dict.fromkeys([even[0], even[-1]]))
 
 
 def measured(rows: pd.DataFrame, measure: dict) -> np.ndarray:

@@ -40,9 +40,9 @@ def by_sparsity(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def ingredients(results: pd.DataFrame) -> pd.DataFrame:
-    """Those of `by_sparsity` that are FedDP or FedDIP with nothing changed but these: `fed_back` says where pruned
-    weights' steps go on, one of FEEDBACK; `penalised` which of PENALTIES; `begins` where a returning weight begins,
-    one of REENTRY."""
+    """Those of `by_sparsity` that are FedDP or FedDIP with nothing changed but these, where feedback was varied at that
+    target sparsity: `fed_back` says where pruned weights' steps go on, one of FEEDBACK; `penalised` which of PENALTIES;
+    `begins` where a returning weight begins, one of REENTRY."""
     runs = by_sparsity(results)
     if runs.empty:
         return runs.assign(fed_back="", penalised="", begins="")
@@ -54,7 +54,8 @@ def ingredients(results: pd.DataFrame) -> pd.DataFrame:
         penalised=[_penalty(run, each) for (_, run), each in zip(runs.iterrows(), options, strict=True)],
         begins=[each["reentry"] if each["server_memory"] else REENTRY[0] for each in options],
     )
-    return runs[runs["penalised"] != ""]
+    runs = runs[runs["penalised"] != ""]
+    return runs[runs.groupby("target_sparsity")["fed_back"].transform("nunique") > 1]
 
 
 def _feedback(options: dict) -> str:

@@ -36,9 +36,9 @@ def sparsity_sweep(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def recorded_sweep(results: pd.DataFrame) -> pd.DataFrame:
-    """`sparsity_sweep` of recorded runs, or where FedDIP's own start was not swept yet, of `shared_start`."""
-    swept = sparsity_sweep(results)
-    return swept if "FedDIP" in set(swept["label"]) else sparsity_sweep(shared_start(results))
+    """`sparsity_sweep` of recorded runs; of `shared_start` while FedDIP was recorded with it at more sparsities."""
+    swept = [sparsity_sweep(results), sparsity_sweep(shared_start(results))]
+    return max(swept, key=lambda runs: runs.loc[runs["label"] == "FedDIP", "target_sparsity"].nunique())
 
 
 def gains(runs: pd.DataFrame) -> dict[float, np.ndarray]:

@@ -25,15 +25,15 @@ OTHERS = ("FedAvg", "FedSparsify-Global")
 
 
 def starts(results: pd.DataFrame) -> pd.DataFrame:
-    """A row per run of one model, data set and partition, at the target sparsity and setting of most FedDIP runs:
-    FedDIP, `start` its start in words, and OTHERS under their names."""
+    """A row per run of one model, data set and partition, in the setting of most FedDIP runs and at the target sparsity
+    of most that differ in nothing but their start: these, `start` in words, and OTHERS under their names."""
     runs = headline(at_home(results))
     if runs.empty:
         return runs.assign(start="")
-    usual = runs.loc[runs["label"] == "FedDIP", "target_sparsity"].mode().head(1)
-    runs = runs[runs["target_sparsity"].isin(usual) & (runs["weight_decay"] == DECAY) & (runs["preset"] == "paper")]
+    runs = runs[(runs["weight_decay"] == DECAY) & (runs["preset"] == "paper")]
     own = runs[(runs["method"] == "feddip") & runs["changed"].isin(["", "erk", "initial_sparsity"])]
-    others = runs[runs["label"].isin(OTHERS)]
+    usual = own["target_sparsity"].mode().head(1)
+    own, others = (rows[rows["target_sparsity"].isin(usual)] for rows in (own, runs[runs["label"].isin(OTHERS)]))
     return pd.concat(
         [own.assign(start=[_start(run) for _, run in own.iterrows()]), others.assign(start=others["label"])]
     )

@@ -60,9 +60,9 @@ def test_a_comparison_of_one_method_is_none(tmp_path):
     assert main_runs("lite", tmp_path) == {}
 
 
-@pytest.mark.parametrize("own", [(), (0.9,), (0.9, 0.99)])
+@pytest.mark.parametrize("own", [(), (0.9,), (0.9, 0.99), (0.9, 0.95, 0.99)])
 def test_a_sweep_begins_alike(tmp_path, own):
-    for target in (0.9, 0.99):
+    for target in (0.9, 0.95, 0.99):
         for method in ("feddp", "feddip"):
             save(tmp_path / "lite", method=method, target_sparsity=target, method_options=SHARED)
             if target in own:
@@ -70,7 +70,7 @@ def test_a_sweep_begins_alike(tmp_path, own):
         save(tmp_path / "lite", method="snip", target_sparsity=target)  # swept, but no reason to leave FedDIP out
     swept = recorded_sweep(recorded("lite", tmp_path))
     assert {"FedDP", "FedDIP"} < set(swept["label"])
-    assert swept["setting"].str.endswith(SHARED_START).all() == (len(own) < 2)
+    assert swept["setting"].str.endswith(SHARED_START).all() == (len(own) < 3)
 
 
 def test_the_shared_start_is_one_ablation_and_joins_no_other(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from feddip_lite.records.catalogue import profile_queue, rows_choosing_masks
-from feddip_lite.records.names import NAMES
+from feddip_lite.records.names import NAMES, any_of
 from feddip_lite.records.store import COLUMNS, ROOT, headline, save_run
 from feddip_lite.report.statistics import summaries
 from feddip_lite.studies.claims import RULES, claims_table, judged, measured, verdict
@@ -119,6 +119,7 @@ def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
         measure = claim["measure"]
         assert {re.split(r" \(|, ", name)[0] for name in (*measure.get("to", []), *measure["of"])} <= labels
         assert set(measure["from"]) <= sources
+        assert len(any_of(claim.get("answer", []))) == len(measure["of"]) * ("question" in claim)
         assert (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
 
 
@@ -143,8 +144,11 @@ def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
                 table = pd.DataFrame({name: [0] for name in COLUMNS}).assign(accuracy=accuracy, local_accuracy=np.nan)
                 save_run(tmp_path / "lite", run, table, {}, [])
     table = claims_table(tmp_path)
-    ((said, decided),) = table.loc[table["claim"].str.contains("reachable"), ["ours, n seeds", "verdict"]].to_numpy()
-    assert said == "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3)" and decided == "partly"
+    (row,) = table[table["claim"].str.contains("reachable")].to_dict("records")
+    assert row["ours, n seeds"] == "s = 0.9: +0.0000 ± 0.0000 (n=3); s = 0.99: +0.1000 ± 0.0000 (n=3)"
+    assert row["verdict"] == "partly"
+    spoken = "the growing penalty is worth +0.0 ± 0.0 points (s = 0.9) and +10.0 ± 0.0 points (s = 0.99)"
+    assert (row["question"], row["answer"]) == (4, spoken)
 
 
 def test_time_and_memory_are_judged_from_a_quiet_benchmark_and_never_from_a_rehearsal(tmp_path):

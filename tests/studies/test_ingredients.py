@@ -60,6 +60,7 @@ def test_every_cell_of_feedback_by_penalty_and_every_reentry_has_its_runs():
         {"method": "fedavg"},
     ]
     strays += [{"method_options": {"lambda_schedule": "constant"}}, {"method_options": {"erk": "none"}}]
+    strays += [{"target_sparsity": 0.8}, {"target_sparsity": 0.8, "method": "feddp"}]  # no feedback varied there
     runs = [(each, {}) for each in (*cells.values(), *again.values(), *strays)]
     found = ingredients(recorded_runs(*runs))
     named = found[found["begins"].isin(REENTRY[:2])]
@@ -109,7 +110,8 @@ def test_the_best_on_held_out_samples_is_what_is_tested():
 def test_strengths_stand_side_by_side(agg):
     held = [({"penalty_max": peak, "validation": 0.1}, {"accuracy": 0.5 + peak}) for peak in (0.001, 0.01)]
     decays = [({"method": "feddp", "weight_decay": d, "validation": 0.1}, {"accuracy": d}) for d in (5e-4, 6e-4, 1e-3)]
-    figure = chosen.strengths(recorded_runs(*held, *decays, ({}, {})), "title")
+    rates = [({"method": each, "lr": 0.3, "validation": 0.1}, {"accuracy": 0.9}) for each in ("feddp", "feddip")]
+    figure = chosen.strengths(recorded_runs(*held, *decays, *rates, ({}, {})), "title")
     (panel,) = figure.axes
     assert [text.get_text() for text in panel.get_xticklabels()] == ["0", "0.001", "0.01"]
     drawn = {tuple(round(y, 6) for y in line.get_ydata()) for line in panel.lines}
@@ -134,7 +136,8 @@ def test_fedavg_is_stopped_at_feddips_bytes_and_other_dense_forms_are_told_by_wh
 def test_each_start_is_named_by_what_round_0_sees():
     masks = [({"method_options": {"erk": erk}}, {}) for erk in start.STARTS]
     others = [({"method": "fedavg"}, {}), ({"method": "fedsparsify_global"}, {}), ({"method": "snip"}, {})]
-    strays = [({"target_sparsity": 0.98}, {}), ({"penalty_max": 0.01}, {}), ({"preset": "memory"}, {})]
+    strays = [({"target_sparsity": s}, {}) for s in (0.8, 0.98)]  # as many of FedDIP as at 0.9, but one start alone
+    strays += [({"penalty_max": 0.01}, {}), ({"preset": "memory"}, {})]
     runs = recorded_runs(*masks, ({"initial_sparsity": 0.0}, {}), *others, *strays)
     found = start.starts(runs)
     assert sorted(found["start"]) == sorted([*start.STARTS.values(), start.UNPRUNED, *start.OTHERS])
