@@ -169,6 +169,7 @@ def bytes_panel(panel: Axes, results: pd.DataFrame, split: str) -> list[tuple[fl
     minus = f", minus {REFERENCE}'s" if REFERENCE in set(own["label"]) else ""
     panel.set_ylabel("final accuracy" + minus)
     panel.set(xscale="log", xlim=(runs["mib"].min() / 1.3, runs["mib"].max() * 1.4), xlabel=AXES["mib"])
+    panel.margins(y=0.12)  # names stand above points, too
     style.log_ticks(panel.xaxis)
     if own.groupby("label").size().max() < 3:
         _seed_bar(panel, headline(every[every["split"] == split]))

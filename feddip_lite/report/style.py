@@ -203,7 +203,7 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None
             left = x + right - width * (right < 0)
             box = left, y + up - 5, left + width, y + up + 5
             free = all(box[0] > c or box[2] < a or box[1] > d or box[3] < b for a, b, c, d in taken)
-            if free and box[0] > 0 and box[2] < size[0] and box[1] > 0:
+            if free and box[0] > 0 and box[2] < size[0] and box[1] > 0 and box[3] < size[1]:
                 break
         taken.append(box)
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "visible": np.hypot(right, up) > 11}

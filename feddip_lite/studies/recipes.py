@@ -27,6 +27,7 @@ RECIPES = {
     "FedPAQ": Config(method="fedavg", up=_BITS["up"]),
     "Fed-EF": Config(method="fedavg", up="topk:0.01", up_feedback="ef"),
     "FedSparsify-Global, 8 bits": Config(method="fedsparsify_global", **_BITS),
+    "SNIP, 8 bits": Config(method="snip", **_BITS),
 }
 """What docs/bytes.md calls them."""
 BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.65)
