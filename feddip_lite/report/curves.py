@@ -131,8 +131,8 @@ def accuracy_for_bytes(results: pd.DataFrame, title: str, named: Collection[str]
     """Final accuracy against all bytes of the run (`bytes_panel`), a panel per partition. Only the labels in `named`
     are written beside their points; None: all."""
     splits_shown = splits(results)
-    figure, axes = style.grid(1, len(splits_shown), 4.2)
-    panels = dict(zip(splits_shown, axes[0], strict=True))
+    figure, axes = style.grid(len(splits_shown), 1, 3.4)  # wide, so that names have room
+    panels = dict(zip(splits_shown, axes[:, 0], strict=True))
     points = {split: bytes_panel(panel, results, split) for split, panel in panels.items()}
     runs = headline(comparable(results[_shown(results)]))
     style.family_legend(figure, [name for name in FAMILIES if name in set(runs["method"].map(family_of))])

@@ -194,21 +194,30 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None
     size = np.array([panel.get_position().width, panel.get_position().height]) * panel.figure.get_size_inches() * 72
     places = panel.transAxes.inverted().transform(panel.transData.transform([point[:2] for point in points])) * size
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-    steps = sorted(product((9, -9, 20, -20, 35, -35), range(-75, 76, 5)), key=lambda step: np.hypot(*step))
+    aside = [way * far for far in (9, 20, 35, 60, 90) for way in (1, -1)]
+    steps = sorted(product(aside, range(-120, 121, 5)), key=lambda step: np.hypot(*step))
     for (*point, name), (x, y) in zip(points, places, strict=True):
         if not name:
             continue
-        width = 5.0 * len(name)
-        for right, up in steps:
-            left = x + right - width * (right < 0)
-            box = left, y + up - 5, left + width, y + up + 5
-            free = all(box[0] > c or box[2] < a or box[1] > d or box[3] < b for a, b, c, d in taken)
-            if free and box[0] > 0 and box[2] < size[0] and box[1] > 0 and box[3] < size[1]:
-                break
+        boxes = [_box(x + right, y + up, 4.6 * len(name), right < 0) for right, up in steps]
+        inside = [box for box in boxes if min(box) > 0 and box[2] < size[0] and box[3] < size[1]]
+        free = (box for box in inside if all(_apart(box, other) for other in taken))
+        box = next(free, inside[0] if inside else boxes[0])
+        right, up = steps[boxes.index(box)]
         taken.append(box)
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "visible": np.hypot(right, up) > 11}
         side = {"ha": "left" if right > 0 else "right", "va": "center", "fontsize": 8}
         panel.annotate(name, point, (right, up), textcoords="offset points", color=INK, arrowprops=line, **side)
+
+
+def _box(x: float, y: float, width: float, ends: bool) -> tuple[float, float, float, float]:
+    """Left, lower, right and upper edge of words of this width that begin at (x, y), or end there."""
+    left = x - width * ends
+    return left, y - 5, left + width, y + 5
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] > other[2] or one[2] < other[0] or one[1] > other[3] or one[3] < other[1]
 
 
 def counted(label: str, seeds: Collection[int]) -> str:
