@@ -169,7 +169,7 @@ def findings(root: Path) -> Named:
     begun = {name: rows for name, rows in begun.items() if start.STARTS["none"] in set(rows["start"])}
     if begun:
         yield "start", start.by_start(begun, f"{title}: what round 0 sees; T = 200")
-    curvatures = second_order.read_second_order(root / "results")
+    curvatures = second_order.read_second_order(root / "benchmarks")
     if len(curvatures):
         yield "second_order", second_order.second_order(curvatures, f"{title}: magnitude and second order")
     forms = equal_bytes.equal_bytes(records, usual) if usual is not None else pd.DataFrame(columns=["label"])

@@ -1,7 +1,7 @@
 """Compare magnitude with the loss's second order at the models that recorded runs left: `python tools/second_order.py`
 
 Reads results/lite (the runs of LeNet-5 on even data: FedDP, and FedDIP at every strength of its penalty), needs
-Fashion-MNIST ($FEDDIP_DATA), and writes results/second_order.json.
+Fashion-MNIST ($FEDDIP_DATA), and writes benchmarks/second_order.json.
 """
 
 import argparse
@@ -26,14 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000, metavar="N", help="training images, in two halves")
     given = parser.parse_args(arguments)
-    status, line = guarded(lambda: record(ROOT / "results", given.samples))
+    status, line = guarded(lambda: record(ROOT / "results", ROOT / "benchmarks", given.samples))
     if line:
         print(f"tools/second_order.py: {line}", file=sys.stderr)
     return status
 
 
-def record(folder: Path, samples: int) -> int:
-    """Measure every run, and write the record into `folder`. Runs whose models are not there are named."""
+def record(folder: Path, to: Path, samples: int) -> int:
+    """Measure every run below `folder`, and write the record into `to`. Runs whose models are not there are named."""
     torch.set_num_threads(1)
     data, rows, runs = load_dataset(WANTED["dataset"], data_root()), [], by_sparsity(recorded("lite", folder, **WANTED))
     for run in runs[runs["preset"] == "paper"].to_dict("records"):
@@ -52,7 +52,7 @@ def record(folder: Path, samples: int) -> int:
     source = {"source": data.source, "variant": data.variant, "sha256": data.sha256}
     facts = provenance(torch.device("cpu"), 1, data=source, samples=samples)
     text = json.dumps(plain({"rows": rows, "provenance": facts}), indent=1, allow_nan=False)
-    atomic_write(folder / RECORD, text.encode() + b"\n")
+    atomic_write(to / RECORD, text.encode() + b"\n")
     return 0
 
 

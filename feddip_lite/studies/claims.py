@@ -98,7 +98,7 @@ def _sources(folder: Path, profile: str, comparisons: Mapping[tuple[str, str], p
                              ("equal_bytes_long", ("alexnet_cifar10", "long"), recorded("long", folder))):  # fmt: skip
         usual = comparisons.get(each)
         found[name] = ("", even.iloc[:0]) if usual is None else (_briefly(usual), equal_bytes(runs, usual))
-    found["second_order"] = found["by_sparsity"][0], read_second_order(folder)
+    found["second_order"] = found["by_sparsity"][0], read_second_order(folder.parent / "benchmarks")
     found["merging"] = (_briefly(merged) if len(merged) else "", merging.per_run(merged))
     found["cost_cpu"] = ("one client's training", judged_clients(folder.parent / "benchmarks"))
     found["encrypted_cpu"] = ("one round, 5 clients, CKKS", read_encrypted(folder.parent / "benchmarks"))
