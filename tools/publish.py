@@ -332,14 +332,17 @@ def results_part(root: Path) -> str:
 
 @functools.cache
 def claims(root: Path) -> pd.DataFrame:
-    """Every claim and its verdict."""
-    return claims_table(root / "results", root / "params" / "claims.yaml")
+    """Every claim and its verdict; `unlike` is what its setting says beyond the main comparison's, on IID data."""
+    table, main = claims_table(root / "results", root / "params" / "claims.yaml"), comparisons(root).get(MAIN)
+    usual = {"-", "IID", *("" if main is None else main["setting"].iloc[0]).split(", ")}
+    unlike = [", ".join(word for word in words.split(", ") if word not in usual) for words in table["setting"]]
+    return table.assign(unlike=unlike)
 
 
 def claims_part(root: Path) -> str:
     """The settings, what the sources claim and the verdicts, and the rule behind these."""
     table = claims(root)
-    table = table[table["source"] != "ours"].drop(columns=["question", "answer"])
+    table = table[table["source"] != "ours"].drop(columns=["question", "answer", "unlike"])
     links = [f"[{name[:2]}](../notebooks/{name}.ipynb)" for name in table["notebook"]]
     again = table.duplicated(["claim", "source", "notebook"])  # a claim's further settings
     table = table.assign(notebook=links)
@@ -368,8 +371,8 @@ def questions(root: Path) -> dict[int, str]:
     for number, own in table[table["question"] > 0].groupby("question"):
         figure = root / "figures" / f"{figures.get(number)}.png"
         shown = [f"![{own['claim'].iloc[0]}](../figures/{figure.name})"] * figure.exists()
-        several = own.groupby("claim")["setting"].transform("nunique") > 1
-        rows = own.assign(where=("; " + own["setting"]).where(several, "")).rename(columns={"ours, n seeds": "values"})
+        where = own["unlike"].map(lambda words: f"; {words}" if words else "")
+        rows = own.assign(where=where).rename(columns={"ours, n seeds": "values"})
         said = [
             f"- {row.claim}{row.where}: **{row.verdict}**. {row.measured}: {row.values}." if row.values != "-" else
             f"- {row.claim}: not measured yet."
@@ -383,6 +386,7 @@ def answers_part(root: Path) -> str:
     """Of each question of docs/findings.md that anything answers yet, a sentence under the heading's first words."""
     table = claims(root)
     table = table[(table["answer"] != "") & ~table.duplicated(["claim", "measured"])]  # in its first setting
+    table = table.assign(answer=table["answer"] + table["unlike"].map(lambda words: f", {words}" if words else ""))
     said = table.groupby("question")["answer"].agg("; ".join)
     headings = re.findall(
         r"^## (\d+)\. ([^:\n]+)", (root / "docs" / "findings.md").read_text(encoding="utf-8"), re.MULTILINE

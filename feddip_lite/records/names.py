@@ -46,8 +46,9 @@ SENDING = ("down", "up", "up_pruned", "up_feedback", "mask_cache")
 _OWN = (*_SCHEDULES, *SENDING)
 """What a run is called after, beside its method's options."""
 SPLIT = ("partition", "classes_per_client", "classes_dealt", "alpha")
-IN_ORDER = ", in order"
 UNEVEN = "classes per client"
+"""What the name of a split by class says."""
+IN_ORDER = ", in order"
 """How a split's name ends whose pairs of classes are dealt as the published code does (D27)."""
 _ALONE = {"method", "preset", "method_options", "seed", "on_client_failure", "eval_every", *_OWN, *SPLIT, *UNHASHED}
 _FIELDS = ["initial_lr" if item.name == "lr" else item.name for item in fields(Config)]

@@ -199,7 +199,7 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None
     for (*point, name), (x, y) in zip(points, places, strict=True):
         if not name:
             continue
-        boxes = [_box(x + right, y + up, 4.6 * len(name), right < 0) for right, up in steps]
+        boxes = [_box(x + right, y + up, 5.0 * len(name), right < 0) for right, up in steps]
         inside = [box for box in boxes if min(box) > 0 and box[2] < size[0] and box[3] < size[1]]
         free = (box for box in inside if all(_apart(box, other) for other in taken))
         box = next(free, inside[0] if inside else boxes[0])

@@ -40,7 +40,7 @@ _UNITS = {
     ("accuracy", "difference"): (100, 1, " points"), ("stay_rounds", "value"): (1, 1, " rounds"),
     "ratio": (100, 1, " %"), "difference": (1, 3, ""), "value": (1, 3, ""),
 }  # fmt: skip
-"""Scale, digits and unit in which a measure is spoken of."""
+"""Scale, digits and unit in which a measure is spoken of: of a column compared so, or else of any so compared."""
 Source = tuple[str, pd.DataFrame]
 """What a source holds, in words, and its rows: `split`, `seed`, `label`, and the columns that measures name."""
 

@@ -157,12 +157,13 @@ def test_a_question_is_answered_in_a_sentence_under_its_heading_in_the_first_set
     (tmp_path / "docs" / "findings.md").write_text(
         "# Findings\n## 1. Start: dense or not\n## 2. Bytes\n## 10. Nothing yet\n"
     )
-    columns = ["claim", "measured", "question", "answer"]
-    rows = [["a", "x", 1, "a dense start is worth +1.0 points"], ["a", "x", 1, "elsewhere -9.0 points"]]
-    rows += [["b", "y", 1, "a random one +0.5 points"], ["c", "z", 2, "it takes 5 %"], ["d", "z", 10, ""]]
+    columns = ["claim", "measured", "question", "answer", "unlike"]
+    rows = [["a", "x", 1, "a dense start is worth +1.0 points", ""], ["a", "x", 1, "elsewhere -9.0 points", "AlexNet"]]
+    rows += [["b", "y", 1, "a random one +0.5 points", "width 0.5"], ["c", "z", 2, "it takes 5 %", ""]]
+    rows += [["d", "z", 10, "", ""]]
     monkeypatch.setattr(publish, "claims", lambda root: pd.DataFrame(rows, columns=columns))
     first, second = publish.answers_part(tmp_path).splitlines()
-    assert first == "- **Start.** A dense start is worth +1.0 points; a random one +0.5 points."
+    assert first == "- **Start.** A dense start is worth +1.0 points; a random one +0.5 points, width 0.5."
     assert second == "- **Bytes.** It takes 5 %."
     monkeypatch.setattr(publish, "claims", lambda root: pd.DataFrame(rows[-1:], columns=columns))
     assert publish.answers_part(tmp_path) == NOTHING
