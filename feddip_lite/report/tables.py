@@ -71,6 +71,12 @@ def assumptions() -> str:
     return "\n".join([f"{DAGGER} A reconstruction: its source's details were not to be had. Assumed:", "", *notes])
 
 
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table of a frame's cells, as they are; what is Markdown in them stays Markdown."""
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def _lines_of(method: type) -> str:
     """Lines of the class that are not empty; none where its source is not at hand, as in an interactive session."""
     try:

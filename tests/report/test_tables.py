@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import pandas as pd
 import pytest
 from conftest import FAST, tiny_config
 
@@ -14,6 +15,7 @@ from feddip_lite.report.statistics import paired, quantity
 from feddip_lite.report.tables import (
     assumptions,
     circumstances,
+    markdown,
     methods_table,
     results_table,
 )
@@ -99,3 +101,8 @@ def test_a_method_that_says_nothing_about_itself_stands_in_the_table_by_its_name
     assert row["method"] == "mine" and row["presets"] == "paper"
     assert (row.drop(["method", "presets", "regrows"]) == "-").all()
     assert "mine" not in assumptions()
+
+
+def test_a_frame_becomes_a_markdown_table_of_its_cells():
+    frame = pd.DataFrame({"method": ["FedAvg", "FedDIP"], "pairs": [3, 10]})
+    assert markdown(frame) == "| method | pairs |\n| --- | --- |\n| FedAvg | 3 |\n| FedDIP | 10 |"

@@ -16,7 +16,7 @@ from test_setup import tool
 from feddip_lite.records import catalogue
 from feddip_lite.records.store import ROOT
 from feddip_lite.report.style import save_figure
-from feddip_lite.report.tables import NOTHING, results_table
+from feddip_lite.report.tables import NOTHING, markdown, results_table
 from feddip_lite.studies.cost.tables import circumstances, read_cost
 from feddip_lite.train.run import train
 
@@ -125,18 +125,13 @@ def test_missing_or_doubled_markers_are_refused(tmp_path, content):
     assert readme.read_text() == content
 
 
-def test_a_frame_becomes_a_markdown_table_of_its_cells():
-    frame = pd.DataFrame({"method": ["FedAvg", "FedDIP"], "pairs": [3, 10]})
-    assert publish.markdown(frame) == "| method | pairs |\n| --- | --- |\n| FedAvg | 3 |\n| FedDIP | 10 |"
-
-
 def test_results_stand_by_setting_with_their_circumstances(tmp_path, monkeypatch):
     queue = [tiny_config(method=method, **{**FAST, "rounds": 2}) for method in ("fedavg", "feddip")]
     runs = train(queue, tmp_path / "results" / "lite")
     monkeypatch.setattr(catalogue, "profile_queue", lambda profile: queue)
     section = publish.results_part(tmp_path)
     assert "digits, LeNet-5, T = 2 rounds" in section and "profile `lite`" in section
-    assert publish.markdown(results_table(runs)) in section
+    assert markdown(results_table(runs)) in section
     assert "Seeds: 0. Data: Handwritten digits" in section and "n < 3" in section
 
 
