@@ -376,16 +376,17 @@ def questions(root: Path) -> dict[int, str]:
 
 
 def answers_part(root: Path) -> str:
-    """Of each question of docs/findings.md that anything answers yet, a sentence under the heading's first words."""
+    """Of each question of docs/findings.md that anything answers yet, the answers under the heading's first words."""
     table = claims(root)
     table = table[(table["answer"] != "") & ~table.duplicated(["claim", "measured"])]  # in its first setting
     table = table.assign(answer=table["answer"] + table["unlike"].map(lambda words: f", {words}" if words else ""))
-    said = table.groupby("question")["answer"].agg("; ".join)
+    sentences = table["answer"].str[:1].str.upper() + table["answer"].str[1:] + "."
+    said = sentences.groupby(table["question"]).agg(" ".join)
     headings = re.findall(
         r"^## (\d+)\. ([^:\n]+)", (root / "docs" / "findings.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     answers = [(name, said[int(n)]) for n, name in headings if int(n) in said]
-    return "\n".join(f"- **{name}.** {text[0].upper()}{text[1:]}." for name, text in answers) or NOTHING
+    return "\n".join(f"- **{name}.** {text}" for name, text in answers) or NOTHING
 
 
 def cost_part(root: Path) -> str:

@@ -38,6 +38,7 @@ RULE = (
 COLUMNS = ("setting", "measured", "ours, n seeds", "verdict", "answer")
 _UNITS = {
     ("accuracy", "difference"): (100, 1, " points"), ("stay_rounds", "value"): (1, 1, " rounds"),
+    ("regrown", "value"): (1, 0, " times"),
     "ratio": (100, 1, " %"), "difference": (1, 3, ""), "value": (1, 3, ""),
 }  # fmt: skip
 """Scale, digits and unit in which a measure is spoken of: of a column compared so, or else of any so compared."""
@@ -48,7 +49,8 @@ Source = tuple[str, pd.DataFrame]
 def claims_table(folder: Path, path: Path = RULES) -> pd.DataFrame:
     """Each claim of the file `path`, a row per setting and method that measure it, from the recorded runs under
     `folder`; `RULE` is behind the verdicts. Of a claim that nothing measures yet there is one row. `question` is that
-    of docs/findings.md which the claim answers, 0 for none, and `answer` the words in which it does."""
+    of docs/findings.md which the claim answers, 0 for none, and `answer` the words in which it does, if it is to be
+    among the answers on top of that page."""
     document = yaml.safe_load(path.read_text())
     comparisons = {(name, each): runs for each in RECORDED for name, runs in main_runs(each, folder).items()}
     sources, rows = _sources(folder, document["profile"], comparisons), []
@@ -178,7 +180,7 @@ def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | li
 def in_words(measure: dict, good: dict) -> str:
     """A measure and its threshold, as a reader would say them."""
     words = {"mib": "total bytes", "peak_mib": "peak memory in training", "seconds": "seconds of local training"}
-    words["latency_s"] = "seconds to encrypt, add and decrypt"
+    words |= {"latency_s": "seconds to encrypt, add and decrypt", "regrown": "returns in a run"}
     column = words.get(measure["column"], measure["column"].replace("_", " "))
     of, to = " or ".join(measure["of"]), measure.get("to", [])
     other = to[0] if len(to) == 1 else f"the best of {', '.join(to)}"

@@ -147,7 +147,7 @@ def test_a_rehearsal_of_costs_is_named_and_not_quoted(tmp_path):
         assert ("| LeNet-5 | 0.900 |" in said) is not rehearsal
 
 
-def test_a_question_is_answered_in_a_sentence_under_its_heading_in_the_first_setting(tmp_path, monkeypatch):
+def test_a_question_is_answered_in_sentences_under_its_heading_in_the_first_setting(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "findings.md").write_text(
         "# Findings\n## 1. Start: dense or not\n## 2. Bytes\n## 10. Nothing yet\n"
@@ -158,7 +158,7 @@ def test_a_question_is_answered_in_a_sentence_under_its_heading_in_the_first_set
     rows += [["d", "z", 10, "", ""]]
     monkeypatch.setattr(publish, "claims", lambda root: pd.DataFrame(rows, columns=columns))
     first, second = publish.answers_part(tmp_path).splitlines()
-    assert first == "- **Start.** A dense start is worth +1.0 points; a random one +0.5 points, width 0.5."
+    assert first == "- **Start.** A dense start is worth +1.0 points. A random one +0.5 points, width 0.5."
     assert second == "- **Bytes.** It takes 5 %."
     monkeypatch.setattr(publish, "claims", lambda root: pd.DataFrame(rows[-1:], columns=columns))
     assert publish.answers_part(tmp_path) == NOTHING
