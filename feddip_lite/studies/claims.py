@@ -179,8 +179,13 @@ def verdict(by_partition: Iterable[np.ndarray], side: str, threshold: float | li
 
 def in_words(measure: dict, good: dict) -> str:
     """A measure and its threshold, as a reader would say them."""
-    words = {"mib": "total bytes", "peak_mib": "peak memory in training", "seconds": "seconds of local training"}
-    words |= {"latency_s": "seconds to encrypt, add and decrypt", "regrown": "returns in a run"}
+    words = {
+        "mib": "total bytes",
+        "peak_mib": "peak memory in training",
+        "seconds": "seconds of local training",
+        "latency_s": "seconds to encrypt, add and decrypt",
+        "regrown": "returns in a run",
+    }
     column = words.get(measure["column"], measure["column"].replace("_", " "))
     of, to = " or ".join(measure["of"]), measure.get("to", [])
     other = to[0] if len(to) == 1 else f"the best of {', '.join(to)}"

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from feddip_lite.core.flat import Layout
+from feddip_lite.core.models import build_model
 from feddip_lite.records.catalogue import profile_queue, rows_choosing_masks
 from feddip_lite.records.names import NAMES, any_of
 from feddip_lite.records.store import COLUMNS, ROOT, headline, save_run
@@ -119,7 +121,8 @@ def test_every_claim_names_known_methods_sources_and_an_existing_notebook():
         measure = claim["measure"]
         assert {re.split(r" \(|, ", name)[0] for name in (*measure.get("to", []), *measure["of"])} <= labels
         assert set(measure["from"]) <= sources
-        assert len(any_of(claim.get("answer", []))) == len(measure["of"]) * ("question" in claim)
+        answers = any_of(claim.get("answer", []))
+        assert len(answers) == len(measure["of"]) * ("question" in claim) and any(answers) == ("question" in claim)
         assert (ROOT / "notebooks" / f"{claim['notebook']}.ipynb").exists()
 
 
@@ -149,6 +152,19 @@ def test_in_a_sweep_each_sparsity_stands_for_a_partition(tmp_path):
     assert row["verdict"] == "partly"
     spoken = "the growing penalty is worth +0.0 ± 0.0 points (s = 0.9) and +10.0 ± 0.0 points (s = 0.99)"
     assert (row["question"], row["answer"]) == (4, spoken)
+    rules = tmp_path / "claims.yaml"
+    rules.write_text(RULES.read_text().replace('answer: "the growing penalty is worth"', 'answer: ""'))
+    table = claims_table(tmp_path, rules)
+    (silent,) = table[table["claim"].str.contains("reachable")].to_dict("records")
+    assert silent == row | {"answer": ""}
+
+
+def test_one_return_for_every_hundred_weights_is_counted_by_the_layout_of_lenet5():
+    prunable = Layout.of(build_model("lenet5", classes=10, channels=1, size=28)).prunable
+    (claim,) = (
+        claim for claim in yaml.safe_load(RULES.read_text())["claims"] if claim["measure"]["column"] == "regrown"
+    )
+    assert str(prunable) in claim["claim"] and claim["good"]["threshold"] == round(prunable / 100)
 
 
 def test_time_and_memory_are_judged_from_a_quiet_benchmark_and_never_from_a_rehearsal(tmp_path):
