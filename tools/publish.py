@@ -257,7 +257,7 @@ def found_part(root: Path) -> str:
 
 def _points(differences: np.ndarray) -> str:
     mean, half = (100 * value for value in interval(differences))
-    return f"{mean:+.1f} points (n={len(differences)})" if np.isnan(half) else f"{mean:+.1f} ± {half:.1f} points"
+    return f"{mean:+z.1f} points (n={len(differences)})" if np.isnan(half) else f"{mean:+z.1f} ± {half:.1f} points"
 
 
 def best_other(finals: pd.DataFrame) -> str:

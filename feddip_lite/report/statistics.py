@@ -18,20 +18,24 @@ from ..records.store import HEADLINE_ROWS, headline
 def summaries(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per run: `headline`'s; `mask_overlap`, the mean over the rows that choose a mask, without the first, which
     replaces the mask that the run began with; `end_minus_best`, the mean accuracy of the last ten evaluated rounds
-    minus that of the best ten in a row; `regrown`, how many weights returned in the whole run; and `stay_rounds`, how
-    many rounds a returned weight stays on average, those to the end that are kept to the end. NaN of a run that
-    diverged, and where nothing returned or the record is older than the column `returned`."""
+    minus that of the best ten in a row; `dip_at_choice`, over those ten, the mean accuracy of rows that choose a mask
+    minus that of the others; `regrown`, how many weights returned in the whole run; and `stay_rounds`, how many rounds
+    a returned weight stays on average, those to the end that are kept to the end. NaN of a run that diverged, and where
+    there is nothing to take a mean of or the record is older than the column `returned`."""
     rows, chosen = headline(runs).set_index("run_id"), rows_choosing_masks(runs)
     runs = runs.sort_values("round", ignore_index=True)
     runs["returned"] = runs.get("returned", np.nan)
     accuracy = runs.groupby("run_id")["accuracy"]
     best = accuracy.agg(lambda own: own.rolling(min(HEADLINE_ROWS, len(own))).mean().max())
     replaced = chosen[chosen.groupby("run_id").cumcount() > 0].groupby("run_id")["mask_overlap"].mean()
+    final = runs.assign(chooses=runs.index.isin(rows_choosing_masks(runs).index)).groupby("run_id").tail(HEADLINE_ROWS)
+    means = final.pivot_table(index="run_id", columns="chooses", values="accuracy").reindex(columns=[False, True])
     since = runs.groupby("run_id")["round"].diff().fillna(runs["round"] + 1)  # rounds that a row stands for
     stays = (runs["returned"] * since).groupby(runs["run_id"]).sum(min_count=1)
     regrown = runs.groupby("run_id")["regrown"].sum().where(rows["diverged"] == "")
     return rows.assign(
         end_minus_best=rows["accuracy"] - best,
+        dip_at_choice=(means[True] - means[False]).where(rows["diverged"] == ""),
         mask_overlap=replaced,
         regrown=regrown,
         stay_rounds=stays / regrown.replace(0, np.nan),
@@ -74,7 +78,7 @@ def paired(runs: pd.DataFrame, label: str, reference: str, column: str = "accura
 
 def quantity(values, digits: int = 4, sign: str = "") -> str:
     """Values over seeds in words: `mean ± half width (n=3)`; below three seeds the values; "-" for none. Runs that
-    diverged, NaN, are counted and said."""
+    diverged, NaN, are counted and said. What rounds to zero has no minus sign."""
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return "-"
@@ -84,8 +88,8 @@ def quantity(values, digits: int = 4, sign: str = "") -> str:
     mean, half = interval(values)
     count = f"(n={len(values)}{f', {diverged} diverged' if diverged else ''})"
     if np.isnan(half):
-        return f"{', '.join(f'{value:{sign}.{digits}f}' for value in values)} {count}"
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f} {count}"
+        return f"{', '.join(f'{value:{sign}z.{digits}f}' for value in values)} {count}"
+    return f"{mean:{sign}z.{digits}f} ± {half:.{digits}f} {count}"
 
 
 def mean_of(values: pd.Series, digits: int) -> str:

@@ -37,8 +37,8 @@ RULE = (
 )
 COLUMNS = ("setting", "measured", "ours, n seeds", "verdict", "answer")
 _UNITS = {
-    ("accuracy", "difference"): (100, 1, " points"), ("stay_rounds", "value"): (1, 1, " rounds"),
-    ("regrown", "value"): (1, 0, " times"),
+    ("accuracy", "difference"): (100, 1, " points"), ("dip_at_choice", "difference"): (100, 1, " points"),
+    ("stay_rounds", "value"): (1, 1, " rounds"), ("regrown", "value"): (1, 0, " times"),
     "ratio": (100, 1, " %"), "difference": (1, 3, ""), "value": (1, 3, ""),
 }  # fmt: skip
 """Scale, digits and unit in which a measure is spoken of: of a column compared so, or else of any so compared."""
@@ -145,7 +145,7 @@ def _spoken(by_split: Mapping[str, np.ndarray], measure: dict) -> str:
     for split, values in by_split.items():
         mean, half = interval(scale * values)
         spread, where = ("", f"n={len(values)}, {split}") if np.isnan(half) else (f" ± {half:.{digits}f}", split)
-        said.append(f"{mean:{sign}.{digits}f}{spread}{unit} ({where})")
+        said.append(f"{mean:{sign}z.{digits}f}{spread}{unit} ({where})")
     even = [words for words, split in zip(said, by_split, strict=True) if UNEVEN not in split] or said
     return " and ".join(dict.fromkeys([even[0], even[-1]]))
 
@@ -184,7 +184,9 @@ def in_words(measure: dict, good: dict) -> str:
         "peak_mib": "peak memory in training",
         "seconds": "seconds of local training",
         "latency_s": "seconds to encrypt, add and decrypt",
+        "dip_at_choice": "accuracy in rounds that choose a mask minus that in the others, of the last ten",
         "regrown": "returns in a run",
+        "stay_rounds": "rounds that a weight which returned stays",
     }
     column = words.get(measure["column"], measure["column"].replace("_", " "))
     of, to = " or ".join(measure["of"]), measure.get("to", [])

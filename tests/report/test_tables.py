@@ -62,6 +62,7 @@ def test_quantities_below_three_seeds_have_no_interval():
     assert quantity([0.5]) == "0.5000 (n=1)"
     assert quantity([0.5, 0.6]) == "0.5000, 0.6000 (n=2)"
     assert quantity([0.1, 0.2, 0.3], digits=2, sign="+") == "+0.20 ± 0.25 (n=3)"  # t(0.975, 2) = 4.303
+    assert quantity([-0.001] * 3, digits=2, sign="+") == "+0.00 ± 0.00 (n=3)"
     assert quantity([]) == "-"
 
 

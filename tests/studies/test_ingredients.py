@@ -93,6 +93,20 @@ def test_a_returned_weight_stays_as_long_as_the_rows_say(every):
     assert math.isnan(older["stay_rounds"])
 
 
+def test_a_dip_is_what_the_last_ten_rounds_lose_where_they_choose_a_mask():
+    choose = np.arange(ROUNDS) % 5 == 0
+    accuracy = np.where(choose, 0.5, 0.8)
+    accuracy[:10] = 0.1  # not of the last ten
+    run = recorded_runs(({}, {"accuracy": accuracy}))
+    (found,) = summaries(run)["dip_at_choice"]
+    assert found == pytest.approx(-0.3)
+    share = choose[10:].mean()
+    (final,) = summaries(run)["accuracy"]
+    assert final == pytest.approx(0.8 + share * found)  # what the dips cost the final accuracy
+    assert math.isnan(*summaries(run[choose])["dip_at_choice"])  # evaluated nowhere else
+    assert math.isnan(*summaries(run.assign(diverged="in round 19"))["dip_at_choice"])
+
+
 def test_the_best_on_held_out_samples_is_what_is_tested():
     grid = {0.001: 0.6, 0.003: 0.8, 0.01: 0.7}
     held = [({"penalty_max": peak, "validation": 0.1}, {"accuracy": value}) for peak, value in grid.items()]
