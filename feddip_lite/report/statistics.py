@@ -22,13 +22,13 @@ def summaries(runs: pd.DataFrame) -> pd.DataFrame:
     minus that of the others; `regrown`, how many weights returned in the whole run; and `stay_rounds`, how many rounds
     a returned weight stays on average, those to the end that are kept to the end. NaN of a run that diverged, and where
     there is nothing to take a mean of or the record is older than the column `returned`."""
-    rows, chosen = headline(runs).set_index("run_id"), rows_choosing_masks(runs)
-    runs = runs.sort_values("round", ignore_index=True)
+    rows, runs = headline(runs).set_index("run_id"), runs.sort_values("round", ignore_index=True)
+    chosen = rows_choosing_masks(runs)
     runs["returned"] = runs.get("returned", np.nan)
     accuracy = runs.groupby("run_id")["accuracy"]
     best = accuracy.agg(lambda own: own.rolling(min(HEADLINE_ROWS, len(own))).mean().max())
     replaced = chosen[chosen.groupby("run_id").cumcount() > 0].groupby("run_id")["mask_overlap"].mean()
-    final = runs.assign(chooses=runs.index.isin(rows_choosing_masks(runs).index)).groupby("run_id").tail(HEADLINE_ROWS)
+    final = runs.assign(chooses=runs.index.isin(chosen.index)).groupby("run_id").tail(HEADLINE_ROWS)
     means = final.pivot_table(index="run_id", columns="chooses", values="accuracy").reindex(columns=[False, True])
     since = runs.groupby("run_id")["round"].diff().fillna(runs["round"] + 1)  # rounds that a row stands for
     stays = (runs["returned"] * since).groupby(runs["run_id"]).sum(min_count=1)
