@@ -95,8 +95,7 @@ def crossed(runs: pd.DataFrame, title: str) -> Figure:
             panel.set_title(f"s = {target:g}", loc="left")
         axes[0][column].set(xlabel="error feedback", ylabel="final test accuracy")
         axes[1][column].set(xlabel="a weight that returns begins at", ylabel="final test accuracy")
-    style.legend(axes[0][0], looks, loc="best")
-    style.legend(axes[1][0], split_looks, loc="best")
+    style.legend(figure, looks | split_looks)
     words = runs["setting"].iloc[0].split(", ")
     style.headed(figure, title, f"{', '.join(words[:4])}; bars: 95 % intervals over seeds")
     return figure
