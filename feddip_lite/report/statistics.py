@@ -35,7 +35,7 @@ def summaries(runs: pd.DataFrame) -> pd.DataFrame:
     regrown = runs.groupby("run_id")["regrown"].sum().where(rows["diverged"] == "")
     return rows.assign(
         end_minus_best=rows["accuracy"] - best,
-        dip_at_choice=(means[True] - means[False]).where(rows["diverged"] == ""),
+        dip_at_choice=means[True] - means[False],
         mask_overlap=replaced,
         regrown=regrown,
         stay_rounds=stays / regrown.replace(0, np.nan),

@@ -24,7 +24,6 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..methods.registry import METHODS
@@ -208,8 +207,8 @@ def name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None
         taken.append(box)
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "visible": np.hypot(right, up) > 11}
         side = {"ha": "left" if right > 0 else "right", "va": "center", "fontsize": 8}
-        words = panel.annotate(name, point, (right, up), textcoords="offset points", color=INK, arrowprops=line, **side)
-        words.set_path_effects([withStroke(linewidth=2, foreground="white")])  # bars and lines may run behind them
+        side["bbox"] = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3}  # bars may run behind the words
+        panel.annotate(name, point, (right, up), textcoords="offset points", color=INK, arrowprops=line, **side)
 
 
 def _box(x: float, y: float, width: float, ends: bool) -> tuple[float, float, float, float]:
